@@ -1,0 +1,30 @@
+"""The exceptions of this package.
+
+    RWKVError
+    ├── RWKVLibraryNotFound   the C library is nowhere it is looked for, or cannot be loaded
+    ├── RWKVFileError         a model, checkpoint, vocabulary or text file is not what it must be
+    ├── VocabularyNotFound    a tokenizer's vocabulary file is nowhere it is looked for
+    └── NonFiniteLogits       logits hold NaN or infinity where a token has to be chosen
+
+Wrong arguments raise ValueError or TypeError, a closed model RuntimeError.
+"""
+
+
+class RWKVError(Exception):
+    """Anything that this package raises on its own account."""
+
+
+class RWKVLibraryNotFound(RWKVError):
+    """The C library is nowhere it is looked for, or cannot be loaded."""
+
+
+class RWKVFileError(RWKVError):
+    """A model, checkpoint, vocabulary or text file is not what it must be."""
+
+
+class VocabularyNotFound(RWKVError):
+    """A tokenizer's vocabulary file is nowhere it is looked for."""
+
+
+class NonFiniteLogits(RWKVError):
+    """Logits hold NaN or infinity where a token has to be chosen."""
