@@ -89,6 +89,27 @@ class Blocks:
     outlier: np.ndarray | None = None  # (rows, blocks) float32
 
 
+@dataclass
+class Tensor:
+    """A tensor as it lies in a file."""
+
+    version: int
+    name: str  # of its type
+    shape: tuple[int, ...]  # (rows, cols), or (n,) for a vector
+    data: np.ndarray  # (rows, row_bytes) uint8; a vector is one row
+
+    @classmethod
+    def of(cls, version: int, name: str, values: np.ndarray) -> Tensor:
+        """Quantize, or round, the values."""
+        rows = values.reshape(-1, values.shape[-1])
+        return cls(version, name, values.shape, quantize(version, name, rows))
+
+    def values(self) -> np.ndarray:
+        """What the bytes stand for, float32 of this shape."""
+        rows = dequantize(self.version, self.name, self.data, self.shape[-1])
+        return rows.reshape(self.shape)
+
+
 def formats(version: int) -> list[str]:
     """The names of the quantized formats that files of this version may hold."""
     return [name for known, name in LAYOUTS if known == version]
