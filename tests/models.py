@@ -129,9 +129,10 @@ def write_model(
 
     `order`: the keys in the order of their records. Other arguments replace members of the header.
     """
-    made, records = make_file(tensors, data_type, version, types, table_type)
-    write_records(path, replace(made, **header), [records[key] for key in order or records])
-    return encode(tensors, data_type, version, types, table_type)
+    model = encode(tensors, data_type, version, types, table_type)
+    records = [make_record(key, model[key]) for key in order or model]
+    write_records(path, replace(make_header(model, data_type), **header), records)
+    return model
 
 
 def read_model(path: Path) -> dict[str, Tensor]:
@@ -207,11 +208,15 @@ def make_file(
     table_type: str = "FP32",
 ) -> tuple[Header, dict[str, Record]]:
     """The header and the records of a model file, to be changed and written."""
-    encoded = encode(tensors, data_type, version, types, table_type)
-    n_vocab, n_embed = tensors["emb.weight"].shape
-    n_layer = sum(key.endswith(".ln1.weight") for key in tensors)
-    header = Header(n_vocab, n_embed, n_layer, quants.TYPE_IDS[data_type], version)
-    return header, {key: make_record(key, tensor) for key, tensor in encoded.items()}
+    model = encode(tensors, data_type, version, types, table_type)
+    records = {key: make_record(key, tensor) for key, tensor in model.items()}
+    return make_header(model, data_type), records
+
+
+def make_header(model: Mapping[str, Tensor], data_type: str) -> Header:
+    table = model["emb.weight"]
+    n_layer = sum(key.endswith(".ln1.weight") for key in model)
+    return Header(*table.shape, n_layer, quants.TYPE_IDS[data_type], table.version)
 
 
 def make_record(key: str, tensor: Tensor) -> Record:

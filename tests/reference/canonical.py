@@ -1,0 +1,270 @@
+"""The canonical arithmetic in numpy: RWKV-4 to the last bit.
+
+`ggml/README.md` defines every result of the core bit by bit; this module is that page in another
+language, and what the core computes must equal it. Outside `fma` all is plain float32, and numpy
+rounds each operation once, to nearest even, as IEEE-754 has it. Vectors are the rows of a matrix,
+one per token, because that is fast; the order of operations within a row is the page's.
+
+Dot products of integers are computed in float64, where their partial sums, below 2^53, are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from . import quants
+from .quants import F32, Tensor
+
+Model = Mapping[str, Tensor]
+
+FFN_XX, ATT_XX, AA, BB, PP = range(5)
+
+
+# ---- RWKV-4 ----
+
+
+@np.errstate(all="ignore")
+def forward(
+    model: Model, tokens: Sequence[int], state: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The logits (tokens, n_vocab) after every token, and the state after the last, in float32.
+
+    There is at least one token. `state`, (n_layer, 5, n_embed) or flat, is where to go on from;
+    None is the beginning of a text. It is not changed.
+    """
+    n_layer = sum(key.endswith(".ln1.weight") for key in model)
+    n_embed = model["emb.weight"].shape[1]
+    if state is None:
+        state = np.zeros((n_layer, 5, n_embed), F32)
+        state[:, PP] = -1e30
+    state = np.array(state, F32).reshape(n_layer, 5, n_embed)
+
+    x = embed(model["emb.weight"], tokens)
+    x = layer_norm(x, model, "blocks.0.ln0")
+    for i in range(n_layer):
+        x = x + time_mixing(layer_norm(x, model, f"blocks.{i}.ln1"), model, i, state[i])
+        x = x + channel_mixing(layer_norm(x, model, f"blocks.{i}.ln2"), model, i, state[i])
+    return matmul(model["head.weight"], layer_norm(x, model, "ln_out")), state
+
+
+def embed(table: Tensor, tokens: Sequence[int]) -> np.ndarray:
+    rows = table.data[np.asarray(tokens, np.int64)]
+    return quants.dequantize(table.version, table.name, rows, table.shape[1])
+
+
+def time_mixing(x: np.ndarray, model: Model, i: int, state: np.ndarray) -> np.ndarray:
+    att = f"blocks.{i}.att"
+    r, k, v = (
+        matmul(
+            model[f"{att}.{matrix}.weight"],
+            shift(x, state[ATT_XX], model[f"{att}.time_mix_{z}"].values()),
+        )
+        for z, matrix in (("r", "receptance"), ("k", "key"), ("v", "value"))
+    )
+    state[ATT_XX] = x[-1]
+    first = model[f"{att}.time_first"].values()
+    decay = model[f"{att}.time_decay"].values()
+    memory = np.stack([wkv(k[t], v[t], first, decay, state) for t in range(len(x))])
+    return matmul(model[f"{att}.output.weight"], sigmoid(r) * memory)
+
+
+def wkv(
+    k: np.ndarray, v: np.ndarray, first: np.ndarray, decay: np.ndarray, state: np.ndarray
+) -> np.ndarray:
+    aa, bb, pp = state[AA], state[BB], state[PP]
+
+    ww = first + k
+    q = maximum(pp, ww)
+    e1, e2 = exp(pp - q), exp(ww - q)
+    y = (e1 * aa + e2 * v) / (e1 * bb + e2)
+
+    ww = pp + decay
+    q = maximum(ww, k)
+    e1, e2 = exp(ww - q), exp(k - q)
+    state[AA], state[BB], state[PP] = e1 * aa + e2 * v, e1 * bb + e2, q
+    return y
+
+
+def channel_mixing(x: np.ndarray, model: Model, i: int, state: np.ndarray) -> np.ndarray:
+    ffn = f"blocks.{i}.ffn"
+    xk = shift(x, state[FFN_XX], model[f"{ffn}.time_mix_k"].values())
+    xr = shift(x, state[FFN_XX], model[f"{ffn}.time_mix_r"].values())
+    state[FFN_XX] = x[-1]
+    k = relu2(matmul(model[f"{ffn}.key.weight"], xk))
+    gate = sigmoid(matmul(model[f"{ffn}.receptance.weight"], xr))
+    return gate * matmul(model[f"{ffn}.value.weight"], k)
+
+
+# ---- vectors ----
+
+
+def layer_norm(x: np.ndarray, model: Model, name: str) -> np.ndarray:
+    n = F32(x.shape[1])
+    centred = x - total(x) / n
+    variance = total(centred * centred) / n
+    scale = F32(1) / np.sqrt(variance + F32(1e-5))
+    return centred * scale * model[f"{name}.weight"].values() + model[f"{name}.bias"].values()
+
+
+def total(x: np.ndarray) -> np.ndarray:
+    """The sum of each row, (rows, 1): sixteen lanes and the tree."""
+    lanes = np.zeros((16, len(x)), F32)
+    for start in range(0, x.shape[1], 16):
+        part = x[:, start : start + 16].T
+        lanes[: len(part)] += part
+    return tree(lanes)[:, None]
+
+
+def tree(lanes: np.ndarray) -> np.ndarray:
+    """The sum of sixteen lanes: halves are added until one is left."""
+    for half in (8, 4, 2, 1):
+        lanes = lanes[:half] + lanes[half:]
+    return lanes[0]
+
+
+def shift(x: np.ndarray, previous: np.ndarray, mix: np.ndarray) -> np.ndarray:
+    """Token shift: row t meets row t - 1, the first row the one kept in the state."""
+    before = np.concatenate([previous[None], x[:-1]])
+    return x * mix + before * (F32(1) - mix)
+
+
+def maximum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Not numpy's: if either is NaN, this is b."""
+    return np.where(a > b, a, b)
+
+
+def relu2(x: np.ndarray) -> np.ndarray:
+    z = np.where(x < 0, F32(0), x)
+    return z * z
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return F32(1) / (F32(1) + exp(-x))
+
+
+LOG2_E = F32(1.44269504)
+LN2_HIGH = F32(0.693359375)
+LN2_LOW = F32(-2.12194440e-4)
+EXP_COEFFICIENTS = [
+    F32(c)
+    for c in (
+        1.9875691500e-4,
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+    )
+]
+
+
+@np.errstate(all="ignore")
+def exp(x: np.ndarray) -> np.ndarray:
+    clamped = np.where(x < 89, x, F32(89))
+    clamped = np.where(clamped > -104, clamped, F32(-104))
+    n = np.rint(clamped * LOG2_E)
+    r = (clamped - n * LN2_HIGH) - n * LN2_LOW
+    p = EXP_COEFFICIENTS[0]
+    for c in EXP_COEFFICIENTS[1:]:
+        p = p * r + c
+    y = (p * (r * r) + r) + F32(1)
+    exponent = n.astype(np.int32)
+    half = exponent >> 1  # 2^exponent itself may be beyond float32
+    y = y * np.ldexp(F32(1), half) * np.ldexp(F32(1), exponent - half)
+    return np.where(np.isnan(x), x, y)
+
+
+# ---- matrices ----
+
+
+@np.errstate(all="ignore")
+def matmul(weight: Tensor, x: np.ndarray) -> np.ndarray:
+    """(tokens, rows): each row of x, (tokens, cols) float32, times the weight (rows, cols)."""
+    product = plain_matmul if weight.name in quants.PLAIN else quantized_matmul
+    return product(weight, x)
+
+
+def plain_matmul(weight: Tensor, x: np.ndarray) -> np.ndarray:
+    """FP32 and FP16: sixteen lanes and the tree."""
+    rows, cols = weight.shape
+    w = weight.values().T.astype(np.float64, order="C")
+    out = np.empty((len(x), rows), F32)
+    step = max(1, 4096 // rows)  # tokens at a time: the lanes fit into the cache
+    for start in range(0, len(x), step):
+        part = x[start : start + step].T.astype(np.float64, order="C")
+        lanes = np.zeros((16, part.shape[1], rows), F32)
+        for k in range(0, cols, 16):
+            here = lanes[: cols - k]
+            here[...] = fma(w[k : k + 16, None, :], part[k : k + 16, :, None], here)
+        out[start : start + step] = tree(lanes)
+    return out
+
+
+def quantized_matmul(weight: Tensor, x: np.ndarray) -> np.ndarray:
+    """Integer dots with A16 activations, one accumulator per row, block after block."""
+    blocks = quants.unpack(weight.version, weight.name, weight.data)
+    q = blocks.q - quants.ZERO.get(weight.name, 0)
+    _, n_blocks, n = q.shape
+    if blocks.index is not None:
+        q[np.arange(n) == blocks.index[..., None]] = 0
+    a, scales = quantize_activations(x)
+    a = a.reshape(len(x), n_blocks, n)
+    dots = a.transpose(1, 0, 2).astype(np.float64) @ q.transpose(1, 2, 0).astype(np.float64)
+    sums = a.sum(axis=2)
+
+    acc = np.zeros((len(x), len(q)), F32)
+    for b in range(n_blocks):
+        d = scales[:, b * n // 32, None]
+        acc = fma(blocks.d[:, b], (dots[b] + 0.0).astype(F32) * d, acc)  # + 0.0: never -0
+        if blocks.m is not None:
+            acc = fma(blocks.m[:, b], sums[:, b, None].astype(F32) * d, acc)
+        if blocks.index is not None:
+            present = blocks.index[:, b] < 32
+            i = np.where(present, blocks.index[:, b], 0)
+            with_outlier = fma(blocks.outlier[:, b], x[:, b * 32 + i], acc)
+            with_outlier = fma(-blocks.m[:, b], a[:, b, i].astype(F32) * d, with_outlier)
+            acc = np.where(present, with_outlier, acc)
+    return acc
+
+
+@np.errstate(all="ignore")
+def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A16: integers (tokens, blocks, 32) int64 and scales (tokens, blocks) float32."""
+    x = x.reshape(len(x), -1, 32)
+    largest = np.max(np.abs(x), axis=2)
+    finite = np.isfinite(largest)
+    d = largest / F32(16255)
+    d = np.where(d < F32(2**-126), F32(0), d)
+    usable = (finite & (d != 0))[..., None]
+    a = np.where(usable, np.rint(x * (F32(1) / d)[..., None]), F32(0)).astype(np.int64)
+    return a, np.where(finite, d, F32(np.nan))
+
+
+@np.errstate(all="ignore")
+def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c rounded once, to float32; a, b and c hold float32 values.
+
+    The product is exact in float64. Rounding its sum with c to 53 bits and then to 24 gives the
+    right result unless the first rounding lands exactly between two floats (its last 28 bits are 0
+    then): there the sum is rounded to odd instead, so that it stays on its side of the middle.
+    """
+    product = np.multiply(a, b, dtype=np.float64)
+    rounded = np.asarray(product + c)
+    between = (rounded.view(np.int64) & 0xFFFFFFF) == 0
+    if between.any():
+        c = np.broadcast_to(c, rounded.shape)[between].astype(np.float64)
+        rounded[between] = add_to_odd(np.broadcast_to(product, rounded.shape)[between], c)
+    return rounded.astype(F32)
+
+
+def add_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a + b in float64; if inexact, the neighbour of the exact sum whose last bit is 1."""
+    rounded = a + b
+    part = rounded - a
+    error = (a - (rounded - part)) + (b - part)
+    bits = rounded.view(np.int64)
+    inexact = np.isfinite(error) & (error != 0)
+    outward = np.where((error > 0) == (rounded > 0), 1, -1)
+    return np.where(inexact & (bits % 2 == 0), bits + outward, bits).view(np.float64)
