@@ -1,0 +1,116 @@
+"""The `rwkv train` command."""
+
+import importlib.util
+import signal
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from ..atomic import refuse_same_file
+from ..errors import RWKVError
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+COUNT = click.IntRange(min=1)
+FRACTION = click.FloatRange(0, 1, max_open=True)
+
+
+@click.command()
+@click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("target", metavar="OUT.pth", type=FILE)
+@click.option("--n-layer", type=COUNT, default=5, help="Layers of the model.")
+@click.option("--n-embed", type=COUNT, default=256, help="Channels of a layer.")
+@click.option("--sequence", type=COUNT, default=256, help="Bytes of a training sequence.")
+@click.option("--batch", type=COUNT, default=32, help="Sequences of a step.")
+@click.option("--steps", type=COUNT, default=900, help="Steps of the whole run.")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.5e-3,
+    help="Rate after the warm-up; falls to zero along a cosine.",
+)
+@click.option("--warmup", type=click.IntRange(min=0), default=50, help="Steps of warm-up.")
+@click.option("--dropout", type=FRACTION, default=0.15, help="Part of each branch set to zero.")
+@click.option("--average", type=FRACTION, default=0.99, help="What averaged weights keep a step.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Decides every draw.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    help="Of the matrix products; auto: bfloat16 where this CPU is faster with it.",
+)
+@click.option("--threads", type=COUNT, help="CPU threads.  [default: all cores]")
+@click.option("--checkpoint", type=FILE, help="[default: OUT.checkpoint]")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint of an unfinished run.")
+@click.pass_context
+def command(
+    context: click.Context,
+    text: Path,
+    target: Path,
+    threads: int | None,
+    checkpoint: Path | None,
+    resume: bool,
+    **options: int | float | str,
+) -> None:
+    """Train a small RWKV-4 on a text file, from scratch.
+
+    The tokens are bytes. The last tenth of TEXT is held out and measures the model. OUT.pth has
+    the tensor names of the released checkpoints; the losses are drawn in OUT.png beside it.
+    Ctrl-C leaves a checkpoint that --resume goes on from. The defaults made the embedded model.
+
+    \b
+    rwkv train shakespeare.txt shakespeare.pth
+    rwkv convert shakespeare.pth shakespeare.bin float16
+    """
+    for package in ("torch", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise click.ClickException(
+                f"training needs the package {package} (pip install 'rwkv-ggml[train]')"
+            )
+    import torch
+
+    from .curve import draw_curve
+    from .loop import Settings, train
+
+    if threads:
+        torch.set_num_threads(threads)
+    checkpoint = checkpoint or target.with_suffix(".checkpoint")
+    settings = Settings(**options)
+    stopped_by: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        stopped_by.append(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=settings.steps, unit="step", disable=None)
+    try:
+        refuse_same_file(text, target)
+        run = train(
+            text,
+            target,
+            checkpoint,
+            settings,
+            resume=resume,
+            should_stop=lambda: bool(stopped_by),
+        )
+        for progress in run:
+            bar.update(progress.step - bar.n)
+            bar.set_postfix(loss=f"{progress.train[progress.step - 1]:.3f}")
+            if progress.step in progress.held_out:
+                with bar.external_write_mode():
+                    click.echo(
+                        f"step {progress.step}: held-out loss "
+                        f"{progress.held_out[progress.step]:.4f} nats per byte, "
+                        f"{progress.seconds:.0f} s ({progress.cpu_seconds:.0f} s of CPU)"
+                    )
+        if not progress.finished:
+            click.echo(f"stopped; go on with --resume (checkpoint: {checkpoint})", err=True)
+            context.exit(128 + stopped_by[0])
+        draw_curve(target.with_suffix(".png"), progress.train, progress.held_out)
+    except (RWKVError, ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        bar.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,309 @@
+"""`rwkv train`: its recurrence against a plain loop, its runs, its files and its errors."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference.rwkv_v4
+from click.testing import CliRunner, Result
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
+
+import rwkv_cpp.errors  # noqa: E402
+from rwkv_cpp.errors import RWKVError, RWKVFileError  # noqa: E402
+from rwkv_cpp.train import command  # noqa: E402
+from rwkv_cpp.train.loop import Progress, Settings, Trainer, train  # noqa: E402
+from rwkv_cpp.train.network import CHUNK, NO_WEIGHT, Network, wkv  # noqa: E402
+
+TINY = Settings(n_layer=2, n_embed=16, sequence=24, batch=4, steps=8, warmup=2, precision="float32")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"the quick brown fox jumps over the lazy dog\n" * 40)
+    return path
+
+
+def wkv_loop(decay, first, k, v, key, value):
+    """The recurrence as the papers write it: one token after another, running maximum and all."""
+    aa, bb, pp = value, torch.ones_like(value), key
+    averages = []
+    for t in range(k.shape[1]):
+        q = torch.maximum(pp, first + k[:, t])
+        e1, e2 = torch.exp(pp - q), torch.exp(first + k[:, t] - q)
+        averages.append((e1 * aa + e2 * v[:, t]) / (e1 * bb + e2))
+        faded = pp - torch.exp(decay)
+        q = torch.maximum(faded, k[:, t])
+        e1, e2 = torch.exp(faded - q), torch.exp(k[:, t] - q)
+        aa, bb, pp = e1 * aa + e2 * v[:, t], e1 * bb + e2, q
+    return torch.stack(averages, 1), pp + bb.log(), aa / bb
+
+
+def wkv_arguments(length: int, spread: float, offset: float, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(length)
+    channels, batch = 8, 3
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw, dtype=dtype)
+
+    arguments = [
+        torch.linspace(-8, 3, channels, dtype=dtype),  # forgets in 3000 steps … in a twentieth
+        2 * normal(channels),
+        spread * normal(batch, length, channels) + offset,
+        normal(batch, length, channels),
+        spread * normal(batch, channels) + offset,
+        normal(batch, channels),
+    ]
+    return [a.requires_grad_() for a in arguments]
+
+
+@pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+@pytest.mark.parametrize(("spread", "offset"), [(1, 0), (60, 0), (3, 5000), (3, -5000)])
+def test_recurrence_equals_the_plain_loop(length: int, spread: float, offset: float) -> None:
+    arguments = wkv_arguments(length, spread, offset)
+    results = wkv(*arguments)
+    expected = wkv_loop(*arguments)
+    # A weight is exp() of a number up to 5000 + 60 * 5 with 53 bits: 6e-13 off, relatively, and
+    # a gradient sums fewer than 1000 of them.
+    for result, right in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, right, rtol=1e-10, atol=1e-10)
+    cotangents = [torch.sin(1.0 + torch.arange(r.numel())).view(r.shape).to(r) for r in results]
+    names = ("time_decay", "time_first", "k", "v", "key", "value")
+    gradients = torch.autograd.grad(results, arguments, cotangents)
+    expected_gradients = torch.autograd.grad(expected, arguments, cotangents)
+    for name, result, right in zip(names, gradients, expected_gradients, strict=True):
+        bound = 1e-9 * max(1.0, right.abs().max().item())
+        assert (result - right).abs().max() <= bound, name
+
+
+def test_recurrence_from_nothing_equals_the_plain_loop() -> None:
+    *arguments, key, value = wkv_arguments(CHUNK + 3, 1, 0)
+    past = (torch.full_like(key, NO_WEIGHT), torch.zeros_like(value))
+    for result, right in zip(wkv(*arguments, *past), wkv_loop(*arguments, *past), strict=True):
+        torch.testing.assert_close(result, right, rtol=1e-10, atol=1e-10)
+
+
+def test_recurrence_stays_finite_with_keys_far_apart() -> None:
+    arguments = wkv_arguments(2 * CHUNK, 1e4, 0, torch.float32)
+    results = wkv(*arguments)
+    gradients = torch.autograd.grad([r.sum() for r in results], arguments)
+    assert all(x.isfinite().all() for x in (*results, *gradients))
+
+
+def test_network_is_rwkv_4_and_carries_its_past_over_any_cut() -> None:
+    torch.manual_seed(1)
+    network = Network(256, 3, 16).double()
+    for parameter in network.parameters():  # also those that start at zero
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(256, (2, 70))
+    past, pieces = network.empty_past(2), []
+    with torch.no_grad():
+        for piece in tokens.split([1, 40, 29], 1):
+            logits, past = network(piece, past)
+            pieces.append(logits)
+    weights = {name: w.squeeze().numpy() for name, w in network.state_dict().items()}
+    for name in weights:
+        if name.endswith("time_decay"):
+            weights[name] = -np.exp(weights[name])
+    for row, logits in zip(tokens, torch.cat(pieces, 1), strict=True):
+        expected, _ = reference.rwkv_v4.forward(weights, row.tolist())
+        np.testing.assert_allclose(logits.numpy(), expected, rtol=0, atol=1e-10)
+
+
+def run(text: Path, target: Path, settings: Settings, stop_at: int = -1, **options) -> Progress:
+    """A run to its end, or to a stop after `stop_at` steps of it."""
+    steps = []
+    checkpoint = target.with_suffix(".checkpoint")
+    for progress in train(
+        text, target, checkpoint, settings, should_stop=lambda: len(steps) == stop_at, **options
+    ):
+        steps.append(progress.step)
+    return progress
+
+
+def test_tiny_run_lowers_the_loss(text: Path, tmp_path: Path) -> None:
+    settings = replace(TINY, steps=40, learning_rate=0.01)
+    progress = run(text, tmp_path / "out.pth", settings)
+    assert (progress.step, progress.finished) == (40, True)
+    assert progress.train[0] == pytest.approx(math.log(256), rel=0.1)  # it knows nothing yet
+    assert progress.train[39] < 0.7 * progress.train[0]
+    # 40 steps of an average that keeps 97 % at most still remember the beginning a little.
+    assert progress.held_out[40] < 0.8 * progress.held_out[2]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_resumed_run_repeats_an_uninterrupted_one(
+    text: Path, tmp_path: Path, precision: str
+) -> None:
+    settings = replace(TINY, precision=precision)
+    whole = run(text, tmp_path / "whole.pth", settings)
+    stopped = run(text, tmp_path / "pieces.pth", settings, stop_at=2)
+    assert (stopped.step, stopped.finished) == (3, False)
+    assert not (tmp_path / "pieces.pth").exists()
+    resumed = run(text, tmp_path / "pieces.pth", settings, resume=True)
+    assert resumed.train == whole.train
+    assert resumed.held_out == whole.held_out
+    expected = torch.load(tmp_path / "whole.pth")
+    for name, tensor in torch.load(tmp_path / "pieces.pth").items():
+        assert torch.equal(tensor, expected[name]), name
+    assert not (tmp_path / "pieces.checkpoint").exists()
+
+
+def test_seeds_differ(text: Path) -> None:
+    first, again, other = (Trainer(text, replace(TINY, seed=seed)).step() for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_model_file_has_the_released_names_and_shapes(text: Path, tmp_path: Path) -> None:
+    c, target = TINY.n_embed, tmp_path / "out.pth"
+    Trainer(text, TINY).save_model(target)
+    expected = {"emb.weight": (256, c), "head.weight": (256, c)}
+    for name in ("blocks.0.ln0", "ln_out", *(f"blocks.{i}.ln{j}" for i in (0, 1) for j in (1, 2))):
+        expected |= {f"{name}.weight": (c,), f"{name}.bias": (c,)}
+    for i in range(2):
+        expected |= {f"blocks.{i}.att.time_{name}": (c,) for name in ("decay", "first")}
+        expected |= {f"blocks.{i}.att.time_mix_{name}": (1, 1, c) for name in "kvr"}
+        expected |= {f"blocks.{i}.ffn.time_mix_{name}": (1, 1, c) for name in "kr"}
+        for name in ("key", "receptance", "value", "output"):
+            expected[f"blocks.{i}.att.{name}.weight"] = (c, c)
+        expected[f"blocks.{i}.ffn.key.weight"] = (4 * c, c)
+        expected[f"blocks.{i}.ffn.receptance.weight"] = (c, c)
+        expected[f"blocks.{i}.ffn.value.weight"] = (c, 4 * c)
+    tensors = torch.load(target, weights_only=True)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_checkpoints_of_another_run_are_refused(text: Path, tmp_path: Path) -> None:
+    target, checkpoint = tmp_path / "out.pth", tmp_path / "out.checkpoint"
+    run(text, target, TINY, stop_at=0)
+    with pytest.raises(RWKVFileError, match=r"unfinished run .*--resume"):
+        run(text, target, TINY)
+    with pytest.raises(RWKVFileError, match="trained with --batch 4, asked for is 5"):
+        run(text, target, replace(TINY, batch=5), resume=True)
+    text.write_bytes(text.read_bytes() + b"!")
+    with pytest.raises(RWKVFileError, match="another text"):
+        run(text, target, TINY, resume=True)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(RWKVFileError, match="not a checkpoint"):
+        run(text, target, TINY, resume=True)
+
+
+def test_infinite_loss_is_an_error(text: Path) -> None:
+    trainer = Trainer(text, TINY)
+    torch.nn.init.constant_(trainer.network.head.weight, float("inf"))
+    with pytest.raises(RWKVError, match="the loss is nan at step 0"):
+        trainer.step()
+
+
+TINY_OPTIONS = ["--n-layer=1", "--n-embed=8", "--sequence=16", "--batch=2", "--steps=4"]
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def test_command_writes_model_and_curve(text: Path, tmp_path: Path) -> None:
+    result = invoke(text, tmp_path / "out.pth", *TINY_OPTIONS)
+    assert result.exit_code == 0, result.output
+    assert "step 4: held-out loss" in result.output
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["out.png", "out.pth", "text.txt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_leaves_a_checkpoint(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    real_step = Trainer.step
+
+    def step_with_signal(trainer: Trainer) -> float:
+        if trainer.progress.step == 1:
+            signal.raise_signal(number)
+        return real_step(trainer)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step_with_signal)
+        result = invoke(text, tmp_path / "out.pth", *TINY_OPTIONS)
+    assert result.exit_code == 128 + number
+    assert "--resume" in result.output
+    assert signal.getsignal(number) is before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.checkpoint", "text.txt"]
+    result = invoke(text, tmp_path / "out.pth", *TINY_OPTIONS, "--resume")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"", [], "training part has 0 bytes, one sequence needs 257"),
+        (b"x" * 200, [], "training part has 180 bytes, one sequence needs 257"),
+        (b"x" * 2000, [], "held-out part has 200 bytes, one sequence needs 257"),
+        (b"x" * 3000, ["--resume"], "out.checkpoint"),
+        (b"x" * 3000, ["--steps", "0"], "--steps"),
+        (b"x" * 3000, ["--learning-rate", "0"], "--learning-rate"),
+        (b"x" * 3000, ["--dropout", "1"], "--dropout"),
+        (b"x" * 3000, ["--precision", "int8"], "--precision"),
+        (None, [], "does not exist"),
+    ],
+)
+def test_command_errors(
+    tmp_path: Path, content: bytes | None, options: list[str], message: str
+) -> None:
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    result = invoke(text, tmp_path / "out.pth", *options)
+    assert result.exit_code in (1, 2)
+    assert isinstance(result.exception, SystemExit)  # a message, not a traceback
+    error = result.output.splitlines()[-1]
+    assert error.lower().startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_command_refuses_to_overwrite_its_text(text: Path) -> None:
+    content = text.read_bytes()
+    result = invoke(text, text)
+    assert result.exit_code == 1
+    assert "same file" in result.output
+    assert text.read_bytes() == content
+
+
+def test_missing_torch_is_named(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = invoke(text, text.with_suffix(".pth"))
+    assert result.exit_code == 1
+    assert "needs the package torch (pip install 'rwkv-ggml[train]')" in result.output
+
+
+def test_help_works_without_torch() -> None:
+    program = (
+        "import sys; sys.modules['torch'] = sys.modules['matplotlib'] = None\n"
+        "from rwkv_cpp.train import command; command(['--help'])"
+    )
+    folder = Path(rwkv_cpp.errors.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rwkv train shakespeare.txt" in done.stdout
