@@ -65,14 +65,18 @@ def sample_logits(
 
     with np.errstate(over="ignore", under="ignore"):  # to -inf and to 0: what they should become
         scores -= highest
-        weights = np.exp(scores)
-        kept = np.arange(scores.size)
+        kept = None
         if top_p < 1:
+            weights = np.exp(scores)
             kept = np.flatnonzero(weights >= _cutoff(weights, top_p))
+            scores = scores[kept]
         # p^(1/T) = exp(log(p)/T): the best token's score is 0, so the sum is at least 1.
-        cumulative = np.cumsum(np.exp(scores[kept] / temperature))
+        scores /= temperature
+        np.exp(scores, out=scores)
+        cumulative = np.cumsum(scores, out=scores)
     point = rng.random() * cumulative[-1]
-    return int(kept[np.searchsorted(cumulative, point, side="right")])
+    place = np.searchsorted(cumulative, point, side="right")
+    return int(place if kept is None else kept[place])
 
 
 def _seeded(seed: int | None) -> np.random.Generator:
@@ -113,14 +117,14 @@ def _cutoff(weights: np.ndarray, top_p: float) -> float:
     target = top_p * weights.sum()
     while weights.size > SMALL_ENOUGH_TO_SORT:
         is_large = weights >= weights.mean()
-        large = weights[is_large]
+        large = weights[np.flatnonzero(is_large)]  # several times faster than weights[is_large]
         if not 0 < large.size < weights.size:  # all are equal, but for the rounding of the mean
             break
         mass = large.sum()
         if mass > target:
             weights = large
         else:
-            weights = weights[~is_large]
+            weights = weights[np.flatnonzero(~is_large)]
             target -= mass
     descending = np.sort(weights)[::-1]
     position = np.searchsorted(np.cumsum(descending), target, side="right")
