@@ -1,0 +1,288 @@
+"""Turns a checkpoint of RWKV-4 into a model file: `rwkv convert SRC DEST [FORMAT]`."""
+
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import click
+import numpy as np
+
+from .atomic import refuse_same_file
+from .checkpoint import open_checkpoint, write_safetensors
+from .errors import RWKVError, RWKVFileError
+from .ggmf import DTYPES, FP16, FP32, Header, Writer
+
+FILE_VERSION = 101
+DATA_TYPES = {"FP32": FP32, "FP16": FP16}
+
+# The tensors of RWKV-4 and their shapes: V = n_vocab, C = n_embed, F = width of channel mixing.
+TENSORS = {
+    "emb.weight": "VC",
+    "blocks.0.ln0.weight": "C",
+    "blocks.0.ln0.bias": "C",
+    "ln_out.weight": "C",
+    "ln_out.bias": "C",
+    "head.weight": "VC",
+}
+BLOCK_TENSORS = {
+    "ln1.weight": "C",
+    "ln1.bias": "C",
+    "ln2.weight": "C",
+    "ln2.bias": "C",
+    "att.time_decay": "C",
+    "att.time_first": "C",
+    "att.time_mix_k": "C",
+    "att.time_mix_v": "C",
+    "att.time_mix_r": "C",
+    "att.key.weight": "CC",
+    "att.value.weight": "CC",
+    "att.receptance.weight": "CC",
+    "att.output.weight": "CC",
+    "ffn.time_mix_k": "C",
+    "ffn.time_mix_r": "C",
+    "ffn.key.weight": "FC",
+    "ffn.receptance.weight": "CC",
+    "ffn.value.weight": "CF",
+}
+
+# What names that RWKV-4 does not have say about a checkpoint; the first that is found counts.
+_FOREIGN = (
+    (r"\.lora_[AB]\b", "a LoRA, whose matrices are merged into a model"),
+    (r"\.ffn\.s_emb", "RWKV-7 with DeepEmbed"),
+    (r"\.att\.(k_k|r_k|x_r)$", "RWKV-7"),
+    (r"\.att\.time_maa_", "RWKV-6"),
+    (r"\.att\.gate\.", "RWKV-5.2"),
+    (r"\.att\.ln_x\.", "RWKV-5.1"),
+    (r"\.tiny_", "RWKV-4a (tiny attention)"),
+    (r"\bpos_emb", "RWKV-4 with position embeddings (my_pos_emb)"),
+    (r"\.ffnPre\.", "RWKV-4 with a feed-forward first block (pre_ffn)"),
+    (r"\bhead_[qk]\b", "RWKV-4 with a copying head (head_qk)"),
+)
+_BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
+_MAX_LAYER = 1024
+
+
+def convert(
+    source: Path,
+    target: Path,
+    data_type: str = "FP16",
+    *,
+    key: str | None = None,
+    clamp: bool = False,
+    allow_nan: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Header:
+    """Write the weights of a checkpoint as "FP16" or "FP32"; `target` appears only when complete.
+
+    Vectors are FP32 in either case. A target named `.safetensors` gets the tensors with their names
+    and shapes in the checkpoint, for another conversion; any other name gets a model file.
+
+    key:       which dictionary of the checkpoint, see `open_checkpoint`.
+    clamp:     values beyond the range of FP16 become its largest value; otherwise an error.
+    allow_nan: NaN and infinities are written as they are; otherwise an error.
+    progress:  called with the elements done and the elements in all.
+
+    Returns the header of the model file. Raises RWKVFileError if the checkpoint is not one of
+    RWKV-4 or holds such values, ValueError for wrong arguments, OSError for the disk's failures.
+    """
+    if data_type not in DATA_TYPES:
+        raise ValueError(f"unknown data type {data_type!r} (choose FP16 or FP32)")
+    refuse_same_file(source, target)
+    with open_checkpoint(source, key) as checkpoint:
+        shapes = {name: checkpoint.shape(name) for name in checkpoint}
+        try:
+            sizes = check_tensors(shapes)
+        except ValueError as error:
+            raise RWKVFileError(f"{source}: {error}") from None
+        header = Header(FILE_VERSION, *sizes, DATA_TYPES[data_type])
+        types = {
+            name: FP32 if _is_vector(name, shape) else header.data_type
+            for name, shape in shapes.items()
+        }
+        total = sum(math.prod(shape) for shape in shapes.values())
+        done = 0
+
+        def read(name: str, transformed: bool = False) -> np.ndarray:
+            nonlocal done
+            where = f"{source}: {name}"
+            array = checkpoint.read(name)
+            if not allow_nan:
+                _check_finite(where, array)
+            if transformed and ".time_" in name:
+                array = array.reshape(-1)
+            if transformed and name.endswith(".time_decay"):
+                array = _decay(array)
+                if not allow_nan:
+                    _check_finite(f"{where} as -exp(w)", array)
+            if types[name] == FP16:
+                array = _half(where, array, clamp)
+            done += array.size
+            if progress:
+                progress(done, total)
+            return array
+
+        if target.suffix == ".safetensors":
+            layout = {name: (DTYPES[types[name]], shape) for name, shape in shapes.items()}
+            write_safetensors(target, layout, read)
+        else:
+            with Writer(target, header) as writer:
+                for name in checkpoint:
+                    writer.write(name, types[name], read(name, transformed=True))
+    return header
+
+
+def check_tensors(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]:
+    """Return n_vocab, n_embed and n_layer of the RWKV-4 model that has tensors of these shapes.
+
+    Raises ValueError, naming the tensors, if they belong to another architecture, if some are
+    missing or unknown, or if they do not fit together.
+    """
+    for pattern, what in _FOREIGN:
+        foreign = next((name for name in shapes if re.search(pattern, name)), None)
+        if foreign:
+            raise ValueError(f"'{foreign}' belongs to {what}; only RWKV-4 can be converted")
+    if "emb.weight" not in shapes:
+        raise ValueError(f"'emb.weight' is missing; {_what_there_is(shapes)}")
+    present = {int(match[1]) for name in shapes if (match := _BLOCK.match(name))}
+    n_layer = max(present, default=0) + 1
+    if n_layer > _MAX_LAYER:
+        raise ValueError(f"{n_layer} layers, expected at most {_MAX_LAYER}")
+
+    tensors = TENSORS | {
+        f"blocks.{i}.{name}": letters
+        for i in range(n_layer)
+        for name, letters in BLOCK_TENSORS.items()
+    }
+    missing = [name for name in tensors if name not in shapes]
+    if missing:
+        gaps = tuple(f"blocks.{i}." for i in range(n_layer) if i not in present)
+        names = [f"{gap}*" for gap in gaps] + [n for n in missing if not n.startswith(gaps)]
+        raise ValueError(f"of a model of {n_layer} layers are missing: {_some(names)}")
+    unknown = [name for name in shapes if name not in tensors]
+    if unknown:
+        raise ValueError(f"RWKV-4 has no such tensors: {_some(unknown)}")
+
+    sizes: dict[str, int] = {}
+    for name, letters in tensors.items():
+        _check_shape(name, shapes[name], letters, sizes)
+    return sizes["V"], sizes["C"], n_layer
+
+
+def _check_shape(name: str, shape: tuple[int, ...], letters: str, sizes: dict[str, int]) -> None:
+    """Compare a shape with its letters; the first tensor that has a letter says what it means."""
+    if ".time_" in name and shape[:-1] == (1, 1):  # time_mix_* are (1, 1, C) in every checkpoint
+        shape = shape[-1:]
+    fits = len(shape) == len(letters)
+    for letter, n in zip(letters, shape, strict=False):
+        fits = fits and n > 0 and sizes.setdefault(letter, n) == n
+    if not fits:
+        expected = " x ".join(str(sizes.get(letter, letter)) for letter in letters)
+        found = " x ".join(map(str, shape)) or "a scalar"
+        raise ValueError(f"'{name}' is {found}, expected {expected}")
+
+
+def _is_vector(name: str, shape: tuple[int, ...]) -> bool:
+    return ".time_" in name or len(shape) == 1
+
+
+def _what_there_is(names: Iterable[str]) -> str:
+    """Where the weights may be, for a checkpoint that has none of them under the right name."""
+    for name in names:
+        prefix = name.removesuffix(".emb.weight")
+        if prefix != name:
+            return f"the names begin with '{prefix}.', which --key {prefix} takes away (or --key NAME/{prefix})"
+    return f"there are {_some(list(names))}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _decay(array: np.ndarray) -> np.ndarray:
+    """-exp(w), rounded once."""
+    with np.errstate(over="ignore"):
+        return (-np.exp(array.astype(np.float64))).astype(np.float32)
+
+
+def _check_finite(where: str, array: np.ndarray) -> None:
+    if math.isfinite(array.min()) and math.isfinite(array.max()):  # both are NaN if one value is
+        return
+    count = array.size - np.count_nonzero(np.isfinite(array))
+    raise RWKVFileError(
+        f"{where}: {count} of {array.size} values are NaN or infinite (--allow-nan keeps them)"
+    )
+
+
+def _half(where: str, array: np.ndarray, clamp: bool) -> np.ndarray:
+    """Round to float16, to nearest even."""
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if math.isfinite(half.min()) and math.isfinite(half.max()):
+        return half
+    beyond = np.isinf(half) & np.isfinite(array)
+    largest = np.finfo(np.float16).max
+    count = np.count_nonzero(beyond)
+    if count and not clamp:
+        raise RWKVFileError(
+            f"{where}: {count} of {array.size} values are beyond {largest}, the largest of FP16; "
+            "convert to FP32, or --clamp them"
+        )
+    half[beyond] = np.copysign(largest, half[beyond])
+    return half
+
+
+@click.command(name="convert")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("target", metavar="DEST", type=click.Path(path_type=Path))
+@click.argument(
+    "data_type",
+    metavar="[FORMAT]",
+    default="float16",
+    type=click.Choice(["float16", "float32", "FP16", "FP32"], case_sensitive=False),
+)
+@click.option("--key", metavar="NAME", help="Which dictionary or prefix of SRC has the weights.")
+@click.option("--clamp", is_flag=True, help="Clamp values beyond the range of FP16.")
+@click.option("--allow-nan", is_flag=True, help="Keep NaN and infinities instead of failing.")
+def command(
+    source: Path, target: Path, data_type: str, key: str | None, clamp: bool, allow_nan: bool
+) -> None:
+    """Convert a PyTorch (.pth) or safetensors checkpoint of RWKV-4 to a model file.
+
+    FORMAT is float16 (the default) or float32. If DEST ends in .safetensors it is written in that
+    format instead, and can be converted again.
+
+    \b
+    Example:
+      rwkv convert RWKV-4-Pile-169M.pth rwkv-169m.bin float16
+    """
+    from tqdm import tqdm
+
+    name = data_type.upper().replace("FLOAT", "FP")
+    try:
+        # Without a terminal, or without stderr at all, there is nobody to show progress to.
+        quiet = sys.stderr is None or not sys.stderr.isatty()
+        with tqdm(desc=target.name, unit="elem", unit_scale=True, disable=quiet) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            convert(
+                source,
+                target,
+                name,
+                key=key,
+                clamp=clamp,
+                allow_nan=allow_nan,
+                progress=progress,
+            )
+    except OSError as error:
+        click.echo(f"error: {error.filename}: {error.strerror}", err=True)
+        sys.exit(1)
+    except (RWKVError, ValueError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
