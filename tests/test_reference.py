@@ -457,7 +457,7 @@ def test_any_bytes_decode(version: int, name: str) -> None:
     assert weights.dtype == F32
 
 
-def test_quantizing_half_precision_source_equals_quantizing_its_values() -> None:
+def test_half_precision_is_rounded_once_and_widened_exactly() -> None:
     x = adversarial_rows().astype(np.float16).astype(F32)
     halves = quants.quantize(101, "FP16", x)
     assert halves.tobytes() == x.astype("<f2").tobytes()
