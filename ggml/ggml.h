@@ -1,8 +1,9 @@
 /* ggml: matrices in many formats, one arithmetic.
  *
- * The door of this library: types, matrices, activations, the kernels of an instruction set, a thread
- * pool. What the kernels compute is defined to the bit in README.md. Nothing here prints, exits or
- * asserts; functions trust their arguments (rwkv.cpp validates) unless a comment says otherwise. */
+ * The door of this library: types, matrices, activations, the kernels of an instruction set, a
+ * thread pool. What the kernels compute is defined to the bit in README.md. Nothing here prints,
+ * exits or asserts; functions trust their arguments (rwkv.cpp validates) unless a comment says
+ * otherwise. */
 #ifndef GGML_H
 #define GGML_H
 
@@ -40,7 +41,7 @@ enum ggml_type {
 /* A quantized row is a whole number of these, whatever its blocks: activations are cut so. */
 #define GGML_ROW_UNIT 32
 
-struct ggml_type_traits {
+struct ggml_type_info {
     const char * name;      /* "Q4_1_O": the format's name, the same in both versions */
     uint32_t file_id;       /* data_type in a file */
     uint32_t first_version; /* file versions that hold this layout, from … */
@@ -50,16 +51,17 @@ struct ggml_type_traits {
     bool quantized;
 };
 
-const struct ggml_type_traits * ggml_type_traits(enum ggml_type type);
+const struct ggml_type_info * ggml_type_traits(enum ggml_type type);
 
 /* The layout of data type `file_id` in a file of `version`, or GGML_TYPE_COUNT. */
 enum ggml_type ggml_type_of_file(uint32_t version, uint32_t file_id);
 
-/* Bytes of a row of n weights; n is at most 2^32 and, for quantized types, a multiple of GGML_ROW_UNIT. */
+/* Bytes of a row of n weights; n is at most 2^32 and, for quantized types, a multiple of
+ * GGML_ROW_UNIT. */
 size_t ggml_row_size(enum ggml_type type, size_t n);
 
-/* The definition of each format (README.md, quantize.c). n as in ggml_row_size; the packed row needs no
- * alignment. Quantizing follows the rules of the layout's own time, byte for byte. */
+/* The definition of each format (README.md, quantize.c). n as in ggml_row_size; the packed row
+ * needs no alignment. Quantizing follows the rules of the layout's own time, byte for byte. */
 void ggml_quantize_row(enum ggml_type type, const float * x, void * row, size_t n);
 void ggml_dequantize_row(enum ggml_type type, const void * row, float * x, size_t n);
 
@@ -67,8 +69,8 @@ void ggml_dequantize_row(enum ggml_type type, const void * row, float * x, size_
 
 #define GGML_STRIPE 16 /* rows that are interleaved in a stripe of a quantized matrix */
 
-/* rows × cols weights, y = W·x. FP32 and FP16: rows as they lie in the file, at any address. Quantized:
- * stripes made by ggml_pack_stripes, at a multiple of 64 bytes. */
+/* rows × cols weights, y = W·x. FP32 and FP16: rows as they lie in the file, at any address.
+ * Quantized: stripes made by ggml_pack_stripes, at a multiple of 64 bytes. */
 struct ggml_matrix {
     enum ggml_type type;
     size_t rows;
@@ -76,14 +78,16 @@ struct ggml_matrix {
     const void * data;
 };
 
-/* Bytes of one stripe (a multiple of 64), and of a whole quantized matrix: ceil(rows / 16) stripes. */
+/* Bytes of one stripe (a multiple of 64), and of a whole quantized matrix: ceil(rows / 16) stripes.
+ */
 size_t ggml_stripe_size(enum ggml_type type, size_t cols);
 size_t ggml_stripes_size(enum ggml_type type, size_t rows, size_t cols);
 
-/* Repacks rows [first, last) of a matrix of `rows` rows; first is a multiple of 16, last too or rows.
- * `src` is the matrix's first row in the file, `dst` its first stripe. Rows past the end are zero.
- * Returns false if a Q4_1_O block has an outlier index that no writer makes (32..65534, or 0xFFFF with
- * a value that is not zero); *bad_block is then its number, counted through the matrix. */
+/* Repacks rows [first, last) of a matrix of `rows` rows; first is a multiple of 16, last too or
+ * rows. `src` is the matrix's first row in the file, `dst` its first stripe. Rows past the end are
+ * zero. Returns false if a Q4_1_O block has an outlier index that no writer makes (32..65534, or
+ * 0xFFFF with a value that is not zero); *bad_block is then its number, counted through the matrix.
+ */
 bool ggml_pack_stripes(enum ggml_type type, size_t rows, size_t cols, const void * src, void * dst,
                        size_t first, size_t last, size_t * bad_block);
 
@@ -102,35 +106,38 @@ struct ggml_input {
 size_t ggml_act_size(size_t cols);
 
 /* Everything that is done fast, once per instruction set. Vectors have any length and alignment
- * (act: 64 bytes); an output may be the very same vector as an input, otherwise they do not overlap. */
+ * (act: 64 bytes); an output may be the very same vector as an input, otherwise they do not
+ * overlap. */
 struct ggml_kernels {
-    const char * isa;  /* "scalar", "avx2", … */
-    uint32_t requires; /* CPU features (cpu.h) this level was compiled for */
+    const char * isa; /* "scalar", "avx2", … */
+    uint32_t
+        requires; /* CPU features (cpu.h) this level was compiled for */
 
     /* act := x cut into blocks of 32 and rounded to 15 bits; n is a multiple of GGML_ROW_UNIT */
     void (*quantize_act)(size_t n, const float * x, uint8_t * act);
 
-    /* y[t * ldy + r] = W[r]·x[t] for rows r in [first, last); first is a multiple of 16, and last too
-     * or W's number of rows. One entry per type. */
+    /* y[t * ldy + r] = W[r]·x[t] for rows r in [first, last); first is a multiple of 16, and last
+     * too or W's number of rows. One entry per type. */
     void (*matmul[GGML_TYPE_COUNT])(const struct ggml_matrix * w, const struct ggml_input * in,
                                     float * y, size_t ldy, size_t first, size_t last);
 
     void (*layer_norm)(size_t n, const float * x, const float * w, const float * b, float * y);
     void (*lerp)(size_t n, const float * x, const float * prev, const float * mix, float * y);
     void (*exp)(size_t n, const float * x, float * y);
-    void (*relu2)(size_t n, const float * x, float * y);                      /* y = max(x, 0)² */
-    void (*add)(size_t n, const float * x, float * y);                        /* y += x */
-    void (*sigmoid_mul)(size_t n, const float * r, const float * x, float * y);     /* y = σ(r)·x */
-    void (*sigmoid_mul_add)(size_t n, const float * r, const float * x, float * y); /* y += σ(r)·x */
+    void (*relu2)(size_t n, const float * x, float * y);                        /* y = max(x, 0)² */
+    void (*add)(size_t n, const float * x, float * y);                          /* y += x */
+    void (*sigmoid_mul)(size_t n, const float * r, const float * x, float * y); /* y = σ(r)·x */
+    void (*sigmoid_mul_add)(size_t n, const float * r, const float * x,
+                            float * y); /* y += σ(r)·x */
 
-    /* One step of RWKV-4's recurrence over n channels: u = time_first, w = time_decay; aa, bb, pp are
-     * advanced in place, y is the weighted average. */
+    /* One step of RWKV-4's recurrence over n channels: u = time_first, w = time_decay; aa, bb, pp
+     * are advanced in place, y is the weighted average. */
     void (*wkv)(size_t n, const float * u, const float * w, const float * k, const float * v,
                 float * aa, float * bb, float * pp, float * y);
 };
 
-/* The strongest level this CPU and its operating system allow, or the one called `isa` if that is not
- * NULL. NULL if there is no such level here; *reason (static text) then says why. */
+/* The strongest level this CPU and its operating system allow, or the one called `isa` if that is
+ * not NULL. NULL if there is no such level here; *reason (static text) then says why. */
 const struct ggml_kernels * ggml_kernels_select(const char * isa, const char ** reason);
 
 /* "AVX=1 AVX2=1 …": what this CPU offers, static text. */
@@ -147,15 +154,15 @@ unsigned ggml_default_threads(void);
 struct ggml_pool * ggml_pool_create(void);
 void ggml_pool_free(struct ggml_pool * pool); /* NULL is fine; waits for its threads */
 
-/* An evaluation takes the pool whole; others wait here. Returns how many threads will work, the caller
- * included: n_threads, or fewer if the system refuses to start them. After a fork the child's first
- * call starts threads of its own. */
+/* An evaluation takes the pool whole; others wait here. Returns how many threads will work, the
+ * caller included: n_threads, or fewer if the system refuses to start them. After a fork the
+ * child's first call starts threads of its own. */
 unsigned ggml_pool_acquire(struct ggml_pool * pool, unsigned n_threads);
 void ggml_pool_release(struct ggml_pool * pool);
 
-/* Calls work(arg, first, last) for pieces of [0, n), each a multiple of `unit` long (the last may be
- * shorter), until all are done, on the caller and on the acquired threads. pool NULL: the caller does
- * everything. Threads run with the default floating-point environment. */
+/* Calls work(arg, first, last) for pieces of [0, n), each a multiple of `unit` long (the last may
+ * be shorter), until all are done, on the caller and on the acquired threads. pool NULL: the caller
+ * does everything. Threads run with the default floating-point environment. */
 typedef void ggml_work(void * arg, size_t first, size_t last);
 void ggml_pool_run(struct ggml_pool * pool, ggml_work * work, void * arg, size_t n, size_t unit);
 

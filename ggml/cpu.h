@@ -1,0 +1,29 @@
+/* What this CPU and its operating system offer. */
+#ifndef GGML_CPU_H
+#define GGML_CPU_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    CPU_AVX = 1 << 0,
+    CPU_AVX2 = 1 << 1,
+    CPU_FMA = 1 << 2,
+    CPU_F16C = 1 << 3,
+    CPU_AVX512F = 1 << 4,
+    CPU_AVX512BW = 1 << 5,
+    CPU_AVX512DQ = 1 << 6,
+    CPU_AVX512VL = 1 << 7,
+    CPU_AVX512VNNI = 1 << 8,
+    CPU_NEON = 1 << 9,
+    CPU_DOTPROD = 1 << 10,
+    CPU_I8MM = 1 << 11,
+};
+
+/* Asks the CPU; slow under a hypervisor, so kernels.c asks once. */
+uint32_t ggml_cpu_detect(void);
+
+/* Writes "AVX=1 AVX2=1 …", the features of this architecture, to text. */
+void ggml_cpu_describe(uint32_t features, char * text, size_t size);
+
+#endif

@@ -1,0 +1,32 @@
+/* a * b + c rounded once to float, without hardware for it and without a branch. */
+#ifndef GGML_FMA32_H
+#define GGML_FMA32_H
+
+#include <float.h>
+#include <stdint.h>
+#include <string.h>
+
+_Static_assert(FLT_EVAL_METHOD == 0 || FLT_EVAL_METHOD == 16,
+               "float operations must round to float (on x86: use -mfpmath=sse)");
+
+/* The product of two floats is exact in double. Their sum with c is rounded to odd: if double
+ * cannot hold it, the last bit is set, so that the final rounding to float sees that something
+ * follows. */
+static inline float fma32(float a, float b, float c) {
+    double product = (double)a * b;
+    double sum = product + c;
+    double c_part = sum - product;
+    double error =
+        (product - (sum - c_part)) + (c - c_part); /* exact; NaN if anything overflowed */
+    uint64_t sum_bits, error_bits;
+    memcpy(&sum_bits, &sum, sizeof sum);
+    memcpy(&error_bits, &error, sizeof error);
+    /* an even sum that is inexact moves one step towards the true value */
+    uint64_t step = (0 - ((sum_bits ^ error_bits) >> 63)) | 1;
+    uint64_t inexact = (uint64_t)(error > 0) | (uint64_t)(error < 0);
+    sum_bits += (0 - (inexact & ~sum_bits)) & step;
+    memcpy(&sum, &sum_bits, sizeof sum);
+    return (float)sum;
+}
+
+#endif

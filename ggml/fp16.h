@@ -1,0 +1,51 @@
+/* IEEE binary16 <-> binary32 in integer arithmetic: independent of rounding mode and of flags that
+ * flush denormals. Static inline, so that every file has its own copy for its own instruction set.
+ */
+#ifndef GGML_FP16_H
+#define GGML_FP16_H
+
+#include <stdint.h>
+#include <string.h>
+
+static inline float fp16_to_fp32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16;
+    uint32_t magnitude = h & 0x7FFF;
+    uint32_t bits = (magnitude << 13) + (112u << 23);
+    float f;
+    if (magnitude >= 0x7C00) { /* infinity; NaN becomes quiet */
+        bits = 0x7F800000 | magnitude << 13 | (magnitude > 0x7C00 ? 0x400000 : 0);
+    } else if (magnitude < 0x0400) { /* denormal or zero: a whole number of 2^-24, made exactly */
+        f = (float)(int32_t)magnitude * 5.9604644775390625e-8f;
+        memcpy(&bits, &f, sizeof bits);
+    }
+    bits |= sign;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+/* Rounded to nearest even; 65520 and more become infinity. */
+static inline uint16_t fp32_to_fp16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7FFFFFFF;
+    uint32_t h;
+    if (bits > 0x7F800000) {
+        h = 0x7E00 | (bits >> 13 & 0x3FF);
+    } else if (bits >= 0x477FF000) {
+        h = 0x7C00;
+    } else if (bits >= 0x38800000) { /* a normal half */
+        uint32_t shifted = bits - (112u << 23);
+        h = (shifted + 0xFFF + (shifted >> 13 & 1)) >> 13;
+    } else if (bits > 0x33000000) { /* a denormal half, more than half of the smallest */
+        uint32_t shift = 126 - (bits >> 23);
+        uint32_t mantissa = (bits & 0x7FFFFF) | 0x800000;
+        uint32_t half = 1u << (shift - 1);
+        h = (mantissa + half - 1 + (mantissa >> shift & 1)) >> shift;
+    } else {
+        h = 0;
+    }
+    return (uint16_t)(sign | h);
+}
+
+#endif

@@ -1,0 +1,70 @@
+/* Chooses kernels: lays the levels that this CPU can run over each other, weakest first. */
+#include "kernels.h"
+
+#include <string.h>
+
+#include "cpu.h"
+#include "once.h"
+
+static const struct ggml_kernels * const levels[] = {
+    &ggml_kernels_scalar,
+#ifdef GGML_ISA_avx2
+    &ggml_kernels_avx2,
+#endif
+#ifdef GGML_ISA_avx512
+    &ggml_kernels_avx512,
+#endif
+};
+
+enum { LEVELS = sizeof levels / sizeof *levels };
+
+static struct ggml_kernels
+    tables[LEVELS]; /* levels[i] completed by those below; isa NULL: can't run */
+static char features_text[160];
+
+#define TAKE(entry)                                                                                \
+    if (level->entry) table->entry = level->entry
+
+static void lay_over(struct ggml_kernels * table, const struct ggml_kernels * level) {
+    table->isa = level->isa;
+    table->requires |= level->requires;
+    for (int type = 0; type < GGML_TYPE_COUNT; type++) TAKE(matmul[type]);
+    TAKE(quantize_act);
+    TAKE(layer_norm);
+    TAKE(lerp);
+    TAKE(exp);
+    TAKE(relu2);
+    TAKE(add);
+    TAKE(sigmoid_mul);
+    TAKE(sigmoid_mul_add);
+    TAKE(wkv);
+}
+
+static void init(void) {
+    uint32_t features = ggml_cpu_detect();
+    ggml_cpu_describe(features, features_text, sizeof features_text);
+    struct ggml_kernels table = {0};
+    for (int i = 0; i < LEVELS; i++) {
+        if (levels[i]->requires & ~features) continue;
+        lay_over(&table, levels[i]);
+        tables[i] = table;
+    }
+}
+
+const struct ggml_kernels * ggml_kernels_select(const char * isa, const char ** reason) {
+    ggml_once(init);
+    for (int i = LEVELS; i-- > 0;) {
+        if (isa && strcmp(isa, levels[i]->isa) != 0) continue;
+        if (tables[i].isa) return &tables[i];
+        if (!isa) continue;
+        if (reason) *reason = "this CPU or its operating system does not support it";
+        return NULL;
+    }
+    if (reason) *reason = "this build has no such instruction set level";
+    return NULL;
+}
+
+const char * ggml_cpu_features(void) {
+    ggml_once(init);
+    return features_text;
+}

@@ -1,0 +1,76 @@
+/* What the kernels of all instruction sets share: the levels, stripes, quantized activations. */
+#ifndef GGML_KERNELS_H
+#define GGML_KERNELS_H
+
+#include "blocks.h"
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#define GGML_INLINE static __forceinline
+#else
+#define GGML_INLINE static inline __attribute__((always_inline))
+#endif
+
+/* The levels, weakest first. A NULL entry means that a level below does it; scalar has none. */
+extern const struct ggml_kernels ggml_kernels_scalar;
+extern const struct ggml_kernels ggml_kernels_avx2;
+extern const struct ggml_kernels ggml_kernels_avx512;
+
+/* ---- Stripes -------------------------------------------------------------------------------- */
+
+/* A stripe is 16 rows; for every 32 weights of them it has one of these, at the byte offsets given.
+ * Each field holds the rows side by side, so that a vector register has one row per lane. Formats
+ * with blocks of 16 have two of d and m, first halves first; scales are as wide as in the file. */
+struct ggml_stripe_block {
+    size_t d;       /* [1 or 2][16] float or half */
+    size_t m;       /* [1 or 2][16] float or half, if the format has a minimum */
+    size_t index;   /* [16] uint16: slot of the outlier (ggml_slot), GGML_NO_OUTLIER: none */
+    size_t outlier; /* [16] half */
+    size_t qh;      /* [16] uint32: bit 8 * (k % 4) + k / 4 is the fifth bit of weight k */
+    size_t qs;      /* nibbles: [4][16][4], low ones are weights 8j..8j+3, high ones 8j+4..8j+7;
+                       bytes: [8][16][4], weights 4j..4j+3 */
+    size_t size;    /* of all this, a multiple of 32 */
+};
+
+GGML_INLINE struct ggml_stripe_block ggml_stripe_block(enum ggml_type type) {
+    const struct ggml_layout * layout = &ggml_layouts[type];
+    size_t scales = GGML_STRIPE * (layout->wide ? 4u : 2u) * (32u / layout->size);
+    struct ggml_stripe_block at = {0};
+    at.m = at.d + scales;
+    at.index = at.m + (layout->min ? scales : 0);
+    at.outlier = at.index + (layout->outlier ? 2 * GGML_STRIPE : 0);
+    at.qh = at.outlier + (layout->outlier ? 2 * GGML_STRIPE : 0);
+    at.qs = at.qh + (layout->bits == 5 ? 4 * GGML_STRIPE : 0);
+    at.size = at.qs + (layout->bits == 8 ? 32 : 16) * GGML_STRIPE;
+    return at;
+}
+
+/* ---- Activations ---------------------------------------------------------------------------- */
+
+/* 32 activations, a_k * d. Whoever multiplies 16-bit numbers takes `a`: within each group of four
+ * the order is 0, 2, 1, 3, so that a 32-bit lane of four weights' bytes meets its pairs when its
+ * even and its odd bytes are taken apart. Whoever multiplies bytes takes hi and lo: a_k = 128 * hi
+ * + lo. */
+struct ggml_act {
+    int16_t a[32];
+    int8_t hi[32];
+    int8_t lo[32];
+    float d;
+    float s;         /* d * sum */
+    float s_half[2]; /* of weights 0..15 and 16..31 */
+    int32_t sum;     /* of all a_k */
+    int32_t sum_half[2];
+    int32_t unused;
+};
+
+/* Where activation k (0..31) lies in `a`, and which one lies at slot k: the same map both ways. */
+GGML_INLINE int ggml_slot(int k) {
+    return (k & ~3) | (k & 1) << 1 | (k >> 1 & 1);
+}
+
+/* Vector t of the input, quantized; `stride` is ggml_act_size(cols). */
+GGML_INLINE const struct ggml_act * ggml_act_of(const struct ggml_input * in, size_t t,
+                                                size_t stride) {
+    return (const struct ggml_act *)(const void *)(in->act + t * stride);
+}
+
+#endif

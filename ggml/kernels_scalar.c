@@ -1,0 +1,315 @@
+/* The definition of the arithmetic (README.md), in plain C and complete: what every other level
+ * must equal bit for bit. The inner loops run over the 16 rows of a stripe, or over the 16 lanes of
+ * a sum, so that a compiler can use whatever vectors the baseline has. */
+#include <math.h>
+
+#include "fma32.h"
+#include "fp16.h"
+#include "kernels.h"
+
+enum { LANES = 16, TILE = 4 /* input vectors that share an unpacked block */ };
+
+static void fma_lanes(const float * a, const float * b, float * acc) {
+    for (int j = 0; j < LANES; j++) acc[j] = fma32(a[j], b[j], acc[j]);
+}
+
+/* ---- Matrices ------------------------------------------------------------------------------- */
+
+/* 16 floats from floats or halves at any address. */
+GGML_INLINE void load_scales(const uint8_t * from, bool wide, float * to) {
+    uint16_t h[LANES];
+    if (wide) {
+        memcpy(to, from, LANES * sizeof *to);
+        return;
+    }
+    memcpy(h, from, sizeof h);
+    for (int j = 0; j < LANES; j++) to[j] = fp16_to_fp32(h[j]);
+}
+
+/* q[k][row] of a stripe's block, less the code that means 0. */
+GGML_INLINE void unpack(enum ggml_type type, const uint8_t * block, int16_t q[32][LANES]) {
+    const struct ggml_layout * layout = &ggml_layouts[type];
+    const struct ggml_stripe_block at = ggml_stripe_block(type);
+    for (int k = 0; k < 32; k++) {
+        for (int row = 0; row < LANES; row++) {
+            if (layout->bits == 8) {
+                q[k][row] = (int8_t)block[at.qs + (size_t)(k / 4 * 64 + 4 * row + k % 4)];
+                continue;
+            }
+            int byte = block[at.qs + (size_t)(k / 8 * 64 + 4 * row + k % 4)];
+            int code = byte >> k % 8 / 4 * 4 & 15;
+            if (layout->bits == 5)
+                code |= (block[at.qh + (size_t)(4 * row + k % 4)] >> k / 4 & 1) << 4;
+            q[k][row] = (int16_t)(code - layout->zero);
+        }
+    }
+}
+
+/* t = float(sum of q * a) * d over weights [first, last) of a block, one per row. */
+GGML_INLINE void dot(const int16_t q[32][LANES], const struct ggml_act * act, int first, int last,
+                     float * t) {
+    int32_t sum[LANES] = {0};
+    for (int k = first; k < last; k++) {
+        int16_t a = act->a[ggml_slot(k)];
+        for (int row = 0; row < LANES; row++) sum[row] += (int32_t)q[k][row] * a;
+    }
+    for (int row = 0; row < LANES; row++) t[row] = (float)sum[row] * act->d;
+}
+
+static void add_outliers(const uint8_t * index, const float * outlier, const float * m,
+                         const float * x, const struct ggml_act * act, float * acc) {
+    for (int row = 0; row < LANES; row++) {
+        uint16_t slot;
+        memcpy(&slot, index + 2 * row, sizeof slot);
+        if (slot == GGML_NO_OUTLIER) continue;
+        acc[row] = fma32(outlier[row], x[ggml_slot(slot)], acc[row]);
+        acc[row] = fma32(-m[row], (float)act->a[slot] * act->d, acc[row]);
+    }
+}
+
+GGML_INLINE void matmul_stripes(enum ggml_type type, const struct ggml_matrix * w,
+                                const struct ggml_input * in, float * y, size_t ldy, size_t first,
+                                size_t last) {
+    const struct ggml_layout * layout = &ggml_layouts[type];
+    const struct ggml_stripe_block at = ggml_stripe_block(type);
+    const size_t stripe_size = ggml_stripe_size(type, w->cols);
+    const size_t act_size = ggml_act_size(w->cols);
+    const int halves = 32 / layout->size;
+    for (size_t stripe = first; stripe < last; stripe += GGML_STRIPE) {
+        const uint8_t * data = (const uint8_t *)w->data + stripe / GGML_STRIPE * stripe_size;
+        size_t rows = last - stripe < GGML_STRIPE ? last - stripe : GGML_STRIPE;
+        for (size_t t0 = 0; t0 < in->n; t0 += TILE) {
+            size_t n = in->n - t0 < TILE ? in->n - t0 : TILE;
+            float acc[TILE][LANES] = {{0}};
+            for (size_t b = 0; b < w->cols / 32; b++) {
+                const uint8_t * block = data + b * at.size;
+                int16_t q[32][LANES];
+                float d[LANES], m[LANES], outlier[LANES], t[LANES], s[LANES];
+                unpack(type, block, q);
+                for (size_t i = 0; i < n; i++) {
+                    const struct ggml_act * act = ggml_act_of(in, t0 + i, act_size) + b;
+                    for (int h = 0; h < halves; h++) {
+                        size_t scale = (size_t)h * LANES * (layout->wide ? 4u : 2u);
+                        load_scales(block + at.d + scale, layout->wide, d);
+                        dot(q, act, h * layout->size, (h + 1) * layout->size, t);
+                        fma_lanes(d, t, acc[i]);
+                        if (!layout->min) continue;
+                        load_scales(block + at.m + scale, layout->wide, m);
+                        float sum = halves == 2 ? act->s_half[h] : act->s;
+                        for (int row = 0; row < LANES; row++) s[row] = sum;
+                        fma_lanes(m, s, acc[i]);
+                    }
+                    if (!layout->outlier) continue;
+                    load_scales(block + at.outlier, false, outlier);
+                    add_outliers(block + at.index, outlier, m, in->x + (t0 + i) * in->ldx + b * 32,
+                                 act, acc[i]);
+                }
+            }
+            for (size_t i = 0; i < n; i++) memcpy(y + (t0 + i) * ldy + stripe, acc[i], rows * 4);
+        }
+    }
+}
+
+/* The tree at the end of every sum over 16 lanes. */
+static float sum_lanes(float * acc) {
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int j = 0; j < width; j++) acc[j] += acc[j + width];
+    return acc[0];
+}
+
+GGML_INLINE void matmul_rows(bool wide, const struct ggml_matrix * w, const struct ggml_input * in,
+                             float * y, size_t ldy, size_t first, size_t last) {
+    const size_t row_size = ggml_row_size(w->type, w->cols);
+    const size_t whole = w->cols - w->cols % LANES;
+    for (size_t row = first; row < last; row++) {
+        const uint8_t * data = (const uint8_t *)w->data + row * row_size;
+        for (size_t t = 0; t < in->n; t++) {
+            const float * x = in->x + t * in->ldx;
+            float acc[LANES] = {0};
+            float weights[LANES];
+            for (size_t k = 0; k < whole; k += LANES) {
+                load_scales(data + k * (wide ? 4 : 2), wide, weights);
+                fma_lanes(weights, x + k, acc);
+            }
+            ggml_dequantize_row(w->type, data + whole * (wide ? 4 : 2), weights, w->cols - whole);
+            for (size_t j = 0; j < w->cols - whole; j++)
+                acc[j] = fma32(weights[j], x[whole + j], acc[j]);
+            y[t * ldy + row] = sum_lanes(acc);
+        }
+    }
+}
+
+static void matmul_FP32(const struct ggml_matrix * w, const struct ggml_input * in, float * y,
+                        size_t ldy, size_t first, size_t last) {
+    matmul_rows(true, w, in, y, ldy, first, last);
+}
+
+static void matmul_FP16(const struct ggml_matrix * w, const struct ggml_input * in, float * y,
+                        size_t ldy, size_t first, size_t last) {
+    matmul_rows(false, w, in, y, ldy, first, last);
+}
+
+#define INSTANCE(TYPE)                                                                             \
+    static void matmul_##TYPE(const struct ggml_matrix * w, const struct ggml_input * in,          \
+                              float * y, size_t ldy, size_t first, size_t last) {                  \
+        matmul_stripes(GGML_TYPE_##TYPE, w, in, y, ldy, first, last);                              \
+    }
+
+INSTANCE(Q4_0_V100)
+INSTANCE(Q4_1_V100)
+INSTANCE(Q4_1_O)
+INSTANCE(Q4_2)
+INSTANCE(Q4_3)
+INSTANCE(Q4_0)
+INSTANCE(Q4_1)
+INSTANCE(Q5_0)
+INSTANCE(Q5_1)
+INSTANCE(Q8_0_V100)
+INSTANCE(Q8_0)
+
+/* ---- Vectors -------------------------------------------------------------------------------- */
+
+static void quantize_act(size_t n, const float * x, uint8_t * act) {
+    for (size_t b = 0; b < n / 32; b++, x += 32, act += sizeof(struct ggml_act)) {
+        struct ggml_act block = {0};
+        float amax = 0;
+        bool finite = true;
+        for (int k = 0; k < 32; k++) {
+            float magnitude = fabsf(x[k]);
+            finite &= magnitude <= FLT_MAX;
+            amax = magnitude > amax ? magnitude : amax;
+        }
+        block.d = finite ? amax / 16255 : NAN;
+        if (block.d < FLT_MIN) block.d = 0;
+        if (block.d > 0) {
+            float id = 1 / block.d;
+            for (int k = 0; k < 32; k++) {
+                /* adding 1.5 * 2^23 rounds to an integer, ties to even */
+                int a = (int)((x[k] * id + 12582912.0f) - 12582912.0f);
+                int hi = (a + 64) >> 7;
+                block.a[ggml_slot(k)] = (int16_t)a;
+                block.hi[k] = (int8_t)hi;
+                block.lo[k] = (int8_t)(a - hi * 128);
+                block.sum_half[k / 16] += a;
+            }
+        }
+        block.sum = block.sum_half[0] + block.sum_half[1];
+        block.s = block.d * (float)block.sum;
+        block.s_half[0] = block.d * (float)block.sum_half[0];
+        block.s_half[1] = block.d * (float)block.sum_half[1];
+        memcpy(act, &block, sizeof block);
+    }
+}
+
+static float exp1(float x) {
+    float t = x < 89.0f ? x : 89.0f;
+    t = t > -104.0f ? t : -104.0f;
+    float n = (t * 1.44269504f + 12582912.0f) - 12582912.0f;
+    float r = (t - n * 0.693359375f) - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    float y = (p * (r * r) + r) + 1;
+    int exponent = (int)n;
+    int half = exponent >> 1;
+    uint32_t bits1 = (uint32_t)(half + 127) << 23;
+    uint32_t bits2 = (uint32_t)(exponent - half + 127) << 23;
+    float scale1, scale2;
+    memcpy(&scale1, &bits1, sizeof bits1);
+    memcpy(&scale2, &bits2, sizeof bits2);
+    return x == x ? (y * scale1) * scale2 : x;
+}
+
+static float sigmoid(float x) {
+    return 1 / (1 + exp1(-x));
+}
+
+static void layer_norm(size_t n, const float * x, const float * w, const float * b, float * y) {
+    float acc[LANES] = {0};
+    for (size_t k = 0; k < n; k++) acc[k % LANES] += x[k];
+    float mean = sum_lanes(acc) / (float)n;
+    memset(acc, 0, sizeof acc);
+    for (size_t k = 0; k < n; k++) acc[k % LANES] += (x[k] - mean) * (x[k] - mean);
+    float r = 1 / sqrtf(sum_lanes(acc) / (float)n + 1e-5f);
+    for (size_t k = 0; k < n; k++) y[k] = ((x[k] - mean) * r) * w[k] + b[k];
+}
+
+static void lerp(size_t n, const float * x, const float * prev, const float * mix, float * y) {
+    for (size_t k = 0; k < n; k++) y[k] = x[k] * mix[k] + prev[k] * (1 - mix[k]);
+}
+
+static void exp_vector(size_t n, const float * x, float * y) {
+    for (size_t k = 0; k < n; k++) y[k] = exp1(x[k]);
+}
+
+static void relu2(size_t n, const float * x, float * y) {
+    for (size_t k = 0; k < n; k++) {
+        float z = x[k] < 0 ? 0 : x[k];
+        y[k] = z * z;
+    }
+}
+
+static void add(size_t n, const float * x, float * y) {
+    for (size_t k = 0; k < n; k++) y[k] += x[k];
+}
+
+static void sigmoid_mul(size_t n, const float * r, const float * x, float * y) {
+    for (size_t k = 0; k < n; k++) y[k] = sigmoid(r[k]) * x[k];
+}
+
+static void sigmoid_mul_add(size_t n, const float * r, const float * x, float * y) {
+    for (size_t k = 0; k < n; k++) y[k] += sigmoid(r[k]) * x[k];
+}
+
+static void wkv(size_t n, const float * u, const float * w, const float * k, const float * v,
+                float * aa, float * bb, float * pp, float * y) {
+    for (size_t i = 0; i < n; i++) {
+        float ww = u[i] + k[i];
+        float q = pp[i] > ww ? pp[i] : ww;
+        float e1 = exp1(pp[i] - q);
+        float e2 = exp1(ww - q);
+        float average = (e1 * aa[i] + e2 * v[i]) / (e1 * bb[i] + e2);
+        ww = pp[i] + w[i];
+        q = ww > k[i] ? ww : k[i];
+        e1 = exp1(ww - q);
+        e2 = exp1(k[i] - q);
+        aa[i] = e1 * aa[i] + e2 * v[i];
+        bb[i] = e1 * bb[i] + e2;
+        pp[i] = q;
+        y[i] = average;
+    }
+}
+
+const struct ggml_kernels ggml_kernels_scalar = {
+    .isa = "scalar",
+    .requires = 0,
+    .quantize_act = quantize_act,
+    .matmul =
+        {
+            [GGML_TYPE_FP32] = matmul_FP32,
+            [GGML_TYPE_FP16] = matmul_FP16,
+            [GGML_TYPE_Q4_0_V100] = matmul_Q4_0_V100,
+            [GGML_TYPE_Q4_1_V100] = matmul_Q4_1_V100,
+            [GGML_TYPE_Q4_1_O] = matmul_Q4_1_O,
+            [GGML_TYPE_Q4_2] = matmul_Q4_2,
+            [GGML_TYPE_Q4_3] = matmul_Q4_3,
+            [GGML_TYPE_Q5_0_V100] = matmul_Q5_0,
+            [GGML_TYPE_Q5_1_V100] = matmul_Q5_1,
+            [GGML_TYPE_Q8_0_V100] = matmul_Q8_0_V100,
+            [GGML_TYPE_Q4_0] = matmul_Q4_0,
+            [GGML_TYPE_Q4_1] = matmul_Q4_1,
+            [GGML_TYPE_Q5_0] = matmul_Q5_0,
+            [GGML_TYPE_Q5_1] = matmul_Q5_1,
+            [GGML_TYPE_Q8_0] = matmul_Q8_0,
+        },
+    .layer_norm = layer_norm,
+    .lerp = lerp,
+    .exp = exp_vector,
+    .relu2 = relu2,
+    .add = add,
+    .sigmoid_mul = sigmoid_mul,
+    .sigmoid_mul_add = sigmoid_mul_add,
+    .wkv = wkv,
+};
