@@ -1,0 +1,70 @@
+"""RWKV language models on a CPU.
+
+    from rwkv_cpp import RWKVModel
+
+    with RWKVModel(None, "model.bin") as model:
+        logits, state = model.eval(token, None)
+
+Names are imported when they are first used, so that `import rwkv_cpp` is light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import (
+        NonFiniteLogits,
+        RWKVError,
+        RWKVFileError,
+        RWKVLibraryNotFound,
+        VocabularyNotFound,
+    )
+    from .library import RWKVSharedLibrary, load_rwkv_shared_library
+    from .model import RWKVModel, RWKVResult, RWKVSequence
+    from .sampling import sample_logits
+    from .tokenizer import load_tokenizer
+
+__version__ = "0.1.0"
+
+# Where each public name lives.
+_HOMES = {
+    "NonFiniteLogits": "errors",
+    "RWKVError": "errors",
+    "RWKVFileError": "errors",
+    "RWKVLibraryNotFound": "errors",
+    "RWKVModel": "model",
+    "RWKVResult": "model",
+    "RWKVSequence": "model",
+    "RWKVSharedLibrary": "library",
+    "VocabularyNotFound": "errors",
+    "load_rwkv_shared_library": "library",
+    "load_tokenizer": "tokenizer",
+    "sample_logits": "sampling",
+}
+
+__all__ = [
+    "NonFiniteLogits",
+    "RWKVError",
+    "RWKVFileError",
+    "RWKVLibraryNotFound",
+    "RWKVModel",
+    "RWKVResult",
+    "RWKVSequence",
+    "RWKVSharedLibrary",
+    "VocabularyNotFound",
+    "load_rwkv_shared_library",
+    "load_tokenizer",
+    "sample_logits",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

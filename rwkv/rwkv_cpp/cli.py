@@ -1,0 +1,127 @@
+"""The `rwkv` command: its subcommands, and what becomes of errors and signals.
+
+Exit codes: 0, 1 for an error (one line on stderr), 2 for wrong usage, 130 after Ctrl-C, 143 after
+SIGTERM. A subcommand's module is imported when it is run: `rwkv --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from . import __version__
+from .errors import RWKVError
+
+# Name, module with the click command `command`, first line of its help.
+COMMANDS = {
+    "generate": (".generate", "Continue a text, token by token."),
+    "convert": (".convert", "Convert a checkpoint (.pth or .safetensors) to a model file."),
+    "quantize": (".quantize", "Write a quantized copy of a model."),
+    "perplexity": (".perplexity", "Measure how well a model predicts a text."),
+    "info": (".info", "Show what a model file holds, the memory it takes and this library."),
+    "train": (".train", "Train a small RWKV-4 on a text file, from scratch."),
+}
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return subcommand(cmd_name) if cmd_name in COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+def subcommand(name: str) -> click.Command:
+    return importlib.import_module(COMMANDS[name][0], __package__).command
+
+
+@click.command(cls=_Commands)
+@click.version_option(__version__, prog_name="rwkv", message="%(prog)s %(version)s")
+def group() -> None:
+    """RWKV language models on a CPU.
+
+    \b
+    rwkv generate "ROMEO:"
+    rwkv COMMAND --help
+    """
+
+
+def main() -> NoReturn:
+    """The console command."""
+    run(group)
+
+
+def main_as(name: str, *positional: str, **defaults: str) -> NoReturn:
+    """Run one subcommand as a script of its own, as the scripts of 2023 are called.
+
+    positional: names of the options and arguments that are arguments there, in their order; those
+    that end in "?" may be left out. defaults: of arguments, where the subcommand has others.
+    """
+    command = subcommand(name)
+    arguments = []
+    for word in positional:
+        name = word.removesuffix("?")
+        parameter = next(p for p in command.params if p.name == name)
+        command.params.remove(parameter)
+        if name == word:
+            argument = click.Argument([name], type=parameter.type)
+        else:
+            default = defaults.get(name, parameter.default)
+            argument = click.Argument([name], type=parameter.type, required=False, default=default)
+        arguments.append(argument)
+    command.params[:0] = arguments
+    run(command)
+
+
+def run(command: click.Command) -> NoReturn:
+    """Run a command on the process's arguments and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character of the text
+            stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = command.main(prog_name=_program(command), standalone_mode=False, **_SETTINGS)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # Whoever read our output has gone; what is left in the buffer has nowhere to go at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (RWKVError, ValueError) as error:
+        _fail(str(error))
+    except MemoryError as error:
+        _fail(str(error) or "out of memory")
+
+
+def _program(command: click.Command) -> str:
+    return "rwkv" if command is group else Path(sys.argv[0]).name
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(1)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)

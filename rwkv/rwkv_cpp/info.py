@@ -1,0 +1,139 @@
+"""The `rwkv info` command."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from .ggmf import Header, read_index
+from .library import Memory, RWKVSharedLibrary, load_rwkv_shared_library
+from .model import EMBEDDED_MODEL
+
+# The released RWKV-4 models: n_layer, n_embed. All have 50277 tokens.
+SIZES = {
+    "169M": (12, 768),
+    "430M": (24, 1024),
+    "1B5": (24, 2048),
+    "3B": (32, 2560),
+    "7B": (32, 4096),
+    "14B": (40, 5120),
+}
+_N_VOCAB = 50277
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """types: format -> (tensors, bytes in the file), the largest first."""
+
+    header: Header
+    types: dict[str, tuple[int, int]]
+    n_weights: int
+    memory: Memory
+
+
+def inspect(path: Path, library: RWKVSharedLibrary | None = None) -> ModelInfo:
+    """Read what a model file holds from its table of tensors. Raises RWKVFileError."""
+    library = library or load_rwkv_shared_library()
+    memory = library.rwkv_estimate(path)  # checks the file as loading does
+    header, records = read_index(path)
+    tensors: Counter[str] = Counter()
+    n_bytes: Counter[str] = Counter()
+    n_weights = 0
+    for record in records:
+        name = library.rwkv_get_format_name(record.data_type) or str(record.data_type)
+        tensors[name] += 1
+        n_bytes[name] += record.nbytes
+        rows = record.shape[0] if len(record.shape) == 2 else 1
+        n_weights += rows * record.shape[-1]
+    types = {name: (tensors[name], size) for name, size in n_bytes.most_common()}
+    return ModelInfo(header, types, n_weights, memory)
+
+
+def sizes(library: RWKVSharedLibrary | None = None) -> dict[str, dict[str, Memory]]:
+    """Format -> released size -> the memory that such a model takes."""
+    library = library or load_rwkv_shared_library()
+    return {
+        name: {
+            size: library.rwkv_estimate_shape(_N_VOCAB, n_embed, n_layer, name)
+            for size, (n_layer, n_embed) in SIZES.items()
+        }
+        for name in _formats(library)
+    }
+
+
+def _formats(library: RWKVSharedLibrary) -> Iterator[str]:
+    """The names of all formats that files may have."""
+    for data_type in range(16):
+        if any(library.rwkv_get_row_size(version, data_type, 32) for version in (100, 101)):
+            yield library.rwkv_get_format_name(data_type) or str(data_type)
+
+
+@click.command()
+@click.option(
+    "-m", "--model", "model_path", type=click.Path(path_type=Path), help="[default: embedded]"
+)
+@click.option("--sizes", "show_sizes", is_flag=True, help="The memory that released models take.")
+def command(model_path: Path | None, show_sizes: bool) -> None:
+    """Show what a model file holds, the memory it takes and this library.
+
+    \b
+    rwkv info -m model.bin
+    rwkv info --sizes
+    """
+    library = load_rwkv_shared_library()
+    if show_sizes:
+        _print_sizes(sizes(library))
+        return
+    if model_path or EMBEDDED_MODEL.is_file():
+        path = model_path or EMBEDDED_MODEL
+        _print_model(path, inspect(path, library))
+        click.echo()
+    _print_rows(
+        {
+            "library": str(library.path),
+            "kernels": library.rwkv_get_system_info_string(),
+        }
+    )
+
+
+def _print_model(path: Path, model: ModelInfo) -> None:
+    header, memory = model.header, model.memory
+    _print_rows(
+        {
+            "model": str(path),
+            "file": f"{memory.file:,} bytes, version {header.version}",
+            "sizes": f"n_vocab {header.n_vocab}, n_embed {header.n_embed}, "
+            f"n_layer {header.n_layer}: {model.n_weights:,} weights",
+        }
+        | {
+            name: f"{n_tensors} tensors, {n_bytes:,} bytes"
+            for name, (n_tensors, n_bytes) in model.types.items()
+        }
+        | {
+            "memory": f"{megabytes(memory.total)}: {megabytes(memory.mapped)} mapped file, "
+            f"{megabytes(memory.weights)} weights, {megabytes(memory.scratch)} scratch, "
+            f"{megabytes(memory.state)} a state",
+        }
+    )
+
+
+def _print_rows(rows: dict[str, str]) -> None:
+    for name, text in rows.items():
+        click.echo(f"{name:<8} {text}")
+
+
+def _print_sizes(table: dict[str, dict[str, Memory]]) -> None:
+    click.echo("memory while one context runs, prompts of 256 tokens included")
+    click.echo("        " + "".join(f"{size:>10}" for size in SIZES))
+    for name, row in table.items():
+        click.echo(f"{name:<8}" + "".join(f"{megabytes(row[size].total):>10}" for size in SIZES))
+
+
+def megabytes(n_bytes: int) -> str:
+    """A size for people, with three digits or so: "4.18 MB", "713 MB", "14.3 GB"."""
+    value, unit = (n_bytes / 1e6, "MB") if n_bytes < 999.5e6 else (n_bytes / 1e9, "GB")
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"

@@ -1,0 +1,419 @@
+"""RWKVModel: tokens and a state in, logits and the new state out.
+
+Everything that goes to C is checked here: types, shapes, strides and ranges. Arrays are numpy's;
+torch CPU tensors are taken and given back where a caller uses them, without importing torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import RWKVFileError
+from .library import (
+    FilePath,
+    Progress,
+    RWKVContext,
+    RWKVSharedLibrary,
+    SequenceStruct,
+    as_integer,
+    load_rwkv_shared_library,
+)
+
+Array = Any
+"""A numpy array, or a torch tensor on the CPU, of native float32."""
+
+Tokens = Iterable[int]
+
+EMBEDDED_MODEL = Path(__file__).with_name("models") / "shakespeare.bin"
+
+
+def embedded_model() -> Path:
+    """Return the path of the small model inside this package. Raises RWKVFileError."""
+    if not EMBEDDED_MODEL.is_file():
+        raise RWKVFileError(f"no model named, and the embedded model {EMBEDDED_MODEL} is missing")
+    return EMBEDDED_MODEL
+
+
+@dataclass(eq=False)
+class RWKVSequence:
+    """One of the independent sequences of `RWKVModel.eval_batch`.
+
+    tokens: at least one. state_in: (n_state), None for the state before the first token.
+    n_logits: of how many of the last tokens logits are wanted. state_out (n_state) and logits_out
+    (n_logits, n_vocab): written to if given, otherwise new arrays are made.
+    want_hidden: also return what the head sees of the last token.
+    """
+
+    tokens: Tokens
+    state_in: Array | None = None
+    state_out: Array | None = None
+    logits_out: Array | None = None
+    n_logits: int = 1
+    want_hidden: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class RWKVResult:
+    """state: (n_state). logits: (n_logits, n_vocab), None for n_logits 0. hidden: (n_embed)."""
+
+    state: Array
+    logits: Array | None
+    hidden: Array | None
+
+
+class RWKVModel:
+    """A model file, loaded.
+
+    shared_library: from `load_rwkv_shared_library`; None finds it.
+    thread_count: 1..1024; None: all physical cores that this process may use.
+    mmap: FP32 and FP16 matrices stay in the mapped file, which must not be overwritten meanwhile.
+    prefault: read mapped pages now rather than with the first token.
+    activations: None or "A16".
+    progress: called as (bytes done, bytes in all), possibly from another thread; an exception that
+    it raises cancels the loading and comes out here.
+
+    Evaluation is a pure function (tokens, state) -> (logits, new state) and gives the same bits
+    for any number of threads and however tokens are grouped into calls. A failed one leaves
+    all arrays as they were. It releases the GIL; Ctrl-C ends a long one.
+
+    One model evaluates one thing at a time: a second thread gets RuntimeError("model is busy …"),
+    and should use a `clone`. After `free`, or the end of a `with` block, everything raises
+    RuntimeError("model is closed").
+    """
+
+    def __init__(
+        self,
+        shared_library: RWKVSharedLibrary | None,
+        model_path: FilePath,
+        thread_count: int | None = None,
+        *,
+        mmap: bool = True,
+        prefault: bool = False,
+        activations: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        library = shared_library or load_rwkv_shared_library()
+        context = library.rwkv_load(
+            os.fspath(model_path),
+            thread_count,
+            mmap=mmap,
+            prefault=prefault,
+            activations=activations,
+            progress=progress,
+        )
+        self._own(library, context)
+
+    def _own(self, library: RWKVSharedLibrary, context: RWKVContext) -> None:
+        self._library = library
+        self._context = context
+        self._n_vocab = library.rwkv_get_n_vocab(context)
+        self._n_embed = library.rwkv_get_n_embed(context)
+        self._n_layer = library.rwkv_get_n_layer(context)
+        self._n_state = library.rwkv_get_state_len(context)
+        self._lock = threading.Lock()  # held by whoever uses the context
+        self._user: int | None = None  # the thread that holds it
+
+    def clone(self, thread_count: int | None = None) -> RWKVModel:
+        """Return another model that shares the weights and can evaluate at the same time.
+
+        Waits for a running evaluation. Each of the two is freed on its own.
+        """
+        model = object.__new__(type(self))
+        with self._using(wait=True) as context:
+            model._own(self._library, self._library.rwkv_clone_context(context, thread_count))
+        return model
+
+    def free(self) -> None:
+        """Free the context, once a running evaluation has ended. Freeing again does nothing."""
+        if not self._context.closed:
+            with self._using(wait=True) as context:
+                self._library.rwkv_free(context)
+
+    def __enter__(self) -> RWKVModel:
+        self._open()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.free()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an RWKVModel cannot be copied or pickled: use clone(), or load it again")
+
+    # ---- Sizes -----------------------------------------------------------------------------------
+
+    @property
+    def n_vocab(self) -> int:
+        """Number of tokens, and of logits."""
+        self._open()
+        return self._n_vocab
+
+    @property
+    def n_embed(self) -> int:
+        self._open()
+        return self._n_embed
+
+    @property
+    def n_layer(self) -> int:
+        self._open()
+        return self._n_layer
+
+    @property
+    def n_state(self) -> int:
+        """Floats in a state."""
+        self._open()
+        return self._n_state
+
+    # ---- Evaluation ------------------------------------------------------------------------------
+
+    def init_state(self) -> np.ndarray:
+        """Return the state before the first token, (n_state) float32."""
+        state = np.empty(self.n_state, np.float32)
+        with self._using(wait=True) as context:
+            self._library.rwkv_init_state(context, state.ctypes.data)
+        return state
+
+    def eval(
+        self,
+        token: int,
+        state_in: Array | None,
+        state_out: Array | None = None,
+        logits_out: Array | None = None,
+        use_numpy: bool = True,
+    ) -> tuple[Array, Array]:
+        """Evaluate one token of 0..n_vocab-1; return (logits, state).
+
+        state_in: (n_state) float32, not changed; None for the state before the first token.
+        state_out, logits_out: (n_state) and (n_vocab) float32, contiguous and writable: filled and
+        returned. state_out may be state_in itself. New arrays are made for those not given:
+        tensors if any argument is a tensor, or if use_numpy is False.
+
+        Raises ValueError for an array of another shape or type, TypeError for what is no array.
+        """
+        with self._using() as context:
+            arrays = _Arrays(use_numpy, state_in, state_out, logits_out)
+            state_in = arrays.source("state_in", state_in, self._n_state)
+            state_out = arrays.target("state_out", state_out, (self._n_state,))
+            logits_out = arrays.target("logits_out", logits_out, (self._n_vocab,))
+            self._library.rwkv_eval(
+                context,
+                as_integer(token, "token", 0, self._n_vocab - 1),
+                _address(state_in),
+                _address(state_out),
+                _address(logits_out),
+            )
+            return arrays.result(logits_out), arrays.result(state_out)
+
+    def eval_sequence(
+        self,
+        tokens: Tokens,
+        state_in: Array | None,
+        state_out: Array | None = None,
+        logits_out: Array | None = None,
+        use_numpy: bool = True,
+    ) -> tuple[Array, Array]:
+        """Evaluate tokens, one or more, in one pass; return (logits of the last, state).
+
+        The same as `eval` for one after the other, to the bit, and faster. Arrays as for `eval`.
+        """
+        return self._eval_sequence(tokens, None, state_in, state_out, logits_out, use_numpy)
+
+    def eval_sequence_in_chunks(
+        self,
+        tokens: Tokens,
+        state_in: Array | None,
+        state_out: Array | None = None,
+        logits_out: Array | None = None,
+        chunk_size: int = 16,
+        use_numpy: bool = True,
+    ) -> tuple[Array, Array]:
+        """The same as `eval_sequence`, which needs no chunks; older bindings had it."""
+        chunk_size = as_integer(chunk_size, "chunk_size", 1, 2**32 - 1)
+        return self._eval_sequence(tokens, chunk_size, state_in, state_out, logits_out, use_numpy)
+
+    def _eval_sequence(
+        self,
+        tokens: Tokens,
+        chunk_size: int | None,
+        state_in: Array | None,
+        state_out: Array | None,
+        logits_out: Array | None,
+        use_numpy: bool,
+    ) -> tuple[Array, Array]:
+        values = self._tokens(tokens)
+        with self._using() as context:
+            arrays = _Arrays(use_numpy, state_in, state_out, logits_out)
+            state_in = arrays.source("state_in", state_in, self._n_state)
+            state_out = arrays.target("state_out", state_out, (self._n_state,))
+            logits_out = arrays.target("logits_out", logits_out, (self._n_vocab,))
+            addresses = _address(state_in), _address(state_out), _address(logits_out)
+            if chunk_size is None:
+                self._library.rwkv_eval_sequence(context, values, *addresses)
+            else:
+                self._library.rwkv_eval_sequence_in_chunks(context, values, chunk_size, *addresses)
+            return arrays.result(logits_out), arrays.result(state_out)
+
+    def eval_batch(self, sequences: Iterable[RWKVSequence]) -> list[RWKVResult]:
+        """Evaluate independent sequences of any lengths together; return their results in order.
+
+        Each gets the bits that it would get alone. Everything is checked before anything is
+        written. No sequence: an empty list.
+        """
+        sequences = list(sequences)
+        tokens = [self._tokens(sequence.tokens) for sequence in sequences]
+        with self._using() as context:
+            prepared = [self._prepare(*pair) for pair in zip(sequences, tokens, strict=True)]
+            self._library.rwkv_eval_batch(context, [struct for struct, _, _ in prepared])
+            return [
+                RWKVResult(
+                    **{
+                        name: None if target is None else arrays.result(target)
+                        for name, target in targets.items()
+                    }
+                )
+                for _, arrays, targets in prepared
+            ]
+
+    def _prepare(
+        self, sequence: RWKVSequence, tokens: array[int]
+    ) -> tuple[SequenceStruct, _Arrays, dict[str, np.ndarray | None]]:
+        """What C gets for a sequence, and the arrays that become its result."""
+        arrays = _Arrays(True, sequence.state_in, sequence.state_out, sequence.logits_out)
+        n_logits = as_integer(sequence.n_logits, "n_logits", 0, len(tokens))
+        if n_logits == 0 and sequence.logits_out is not None:
+            raise ValueError("logits_out is given, but n_logits is 0")
+        state_in = arrays.source("state_in", sequence.state_in, self._n_state)
+        state = arrays.target("state_out", sequence.state_out, (self._n_state,))
+        logits = hidden = None
+        if n_logits:
+            shape = n_logits, self._n_vocab
+            logits = arrays.target("logits_out", sequence.logits_out, shape)
+        if sequence.want_hidden:
+            hidden = arrays.target("hidden_out", None, (self._n_embed,))
+        struct = SequenceStruct(
+            tokens=tokens.buffer_info()[0],
+            n_tokens=len(tokens),
+            state_in=_address(state_in),
+            state_out=_address(state),
+            logits_out=_address(logits),
+            n_logits=n_logits,
+            hidden_out=_address(hidden),
+        )
+        return struct, arrays, {"state": state, "logits": logits, "hidden": hidden}
+
+    # ---- Checks ----------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        if self._context.closed:
+            raise RuntimeError("model is closed")
+
+    @contextmanager
+    def _using(self, wait: bool = False) -> Iterator[RWKVContext]:
+        """The context, for this thread alone."""
+        # A signal handler or a callback inside an evaluation would wait for itself.
+        wait = wait and self._user != threading.get_ident()
+        if not self._lock.acquire(blocking=wait):
+            raise RuntimeError("model is busy: it evaluates in another thread, which needs a clone")
+        try:
+            self._user = threading.get_ident()
+            self._open()
+            yield self._context
+        finally:
+            self._user = None
+            self._lock.release()
+
+    def _tokens(self, tokens: Tokens) -> array[int]:
+        """Tokens as C takes them. Raises ValueError or TypeError with the position."""
+        self._open()
+        last = self._n_vocab - 1
+        values = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+        if isinstance(values, int):
+            raise TypeError("tokens must be a sequence of integers, not one: use eval() for that")
+        checked = array(
+            "I", (as_integer(token, f"tokens[{i}]", 0, last) for i, token in enumerate(values))
+        )
+        if not checked:
+            raise ValueError("tokens is empty, expected at least one")
+        return checked
+
+
+# ---- Arrays --------------------------------------------------------------------------------------
+
+
+def _is_tensor(value: object) -> bool:
+    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _address(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+class _Arrays:
+    """Turns the arrays of one call into checked numpy arrays, and the results back."""
+
+    def __init__(self, use_numpy: bool, *arguments: Array | None) -> None:
+        self._as_tensors = not use_numpy or any(map(_is_tensor, arguments))
+        if not use_numpy and "torch" not in sys.modules:
+            raise ValueError("use_numpy=False asks for torch tensors: import torch first")
+        self._given: dict[int, Array] = {}  # id of the numpy view -> the argument
+
+    def source(self, name: str, value: Array | None, length: int) -> np.ndarray | None:
+        """`value` as a contiguous array, copied if it is not one."""
+        if value is None:
+            return None
+        array = _numpy(name, value)
+        _check_shape(name, array, (length,))
+        return np.require(array, requirements=["C", "A"])
+
+    def target(self, name: str, value: Array | None, shape: tuple[int, ...]) -> np.ndarray:
+        """`value` itself, or a new array."""
+        if value is None:
+            return np.empty(shape, np.float32)
+        if _is_tensor(value) and value.requires_grad:
+            raise ValueError(f"{name} requires grad, so it cannot be written to: detach() it")
+        array = _numpy(name, value)
+        _check_shape(name, array, shape)
+        if not (array.flags.c_contiguous and array.flags.aligned):
+            raise ValueError(
+                f"{name} must be contiguous and aligned, its strides are {array.strides}"
+            )
+        if not array.flags.writeable:
+            raise ValueError(f"{name} is read-only")
+        self._given[id(array)] = value
+        return array
+
+    def result(self, array: np.ndarray) -> Array:
+        if id(array) in self._given:
+            return self._given[id(array)]
+        return sys.modules["torch"].from_numpy(array) if self._as_tensors else array
+
+
+def _numpy(name: str, value: Array) -> np.ndarray:
+    """A view of `value`, which is of native float32."""
+    if _is_tensor(value):
+        torch = sys.modules["torch"]
+        if value.device.type != "cpu" or value.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor on the CPU, not on {value.device}")
+        if value.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32, not {value.dtype}")
+        return value.detach().numpy()
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a numpy array, not {type(value).__name__}")
+    if value.dtype != np.float32:
+        raise ValueError(f"{name} must be native float32, not {value.dtype.str}")
+    return value
+
+
+def _check_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, not {array.shape}")
