@@ -192,7 +192,10 @@ def _what_there_is(names: Iterable[str]) -> str:
     for name in names:
         prefix = name.removesuffix(".emb.weight")
         if prefix != name:
-            return f"the names begin with '{prefix}.', which --key {prefix} takes away (or --key NAME/{prefix})"
+            return (
+                f"the names begin with '{prefix}.', "
+                f"which --key {prefix} (or NAME/{prefix}) takes away"
+            )
     return f"there are {_some(list(names))}"
 
 

@@ -114,7 +114,7 @@ def read_tensor(path: Path, record: Record) -> np.ndarray:
     """The FP32 or FP16 tensor of a record, as a read-only view of the mapped file."""
     if record.data_type not in DTYPES:
         raise ValueError(
-            f"{record.key}: is {_format_name(record.data_type)}, only FP32 and FP16 can be read"
+            f"{record.key}: data type {record.data_type} cannot be read, only FP32 and FP16 can"
         )
     dtype = DTYPES[record.data_type]
     return np.memmap(path, dtype, mode="r", offset=record.offset, shape=record.shape)
@@ -264,15 +264,12 @@ def _row_size(where: str, version: int, data_type: int, n_elements: int) -> int:
     """Bytes of a row; raises ValueError for a type that the version does not have."""
     if data_type in DTYPES:
         return n_elements * DTYPES[data_type].itemsize
+    if not 0 <= data_type < 10:
+        hint = ", a K-quant of 2025" if 10 <= data_type <= 16 else ""
+        raise ValueError(f"{where}: data type {data_type}{hint}, expected 0 to 9")
     from . import library
 
     try:
         return library.row_size(version, data_type, n_elements)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _format_name(data_type: int) -> str:
-    from . import library
-
-    return library.format_name(data_type)
