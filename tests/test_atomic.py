@@ -37,9 +37,14 @@ def test_the_target_appears_at_the_end(tmp_path):
 def test_a_failure_leaves_the_old_file(tmp_path, fail):
     target = tmp_path / "model.bin"
     target.write_bytes(b"old")
-    with pytest.raises(fail), replacing(target) as file:
-        file.write(b"new")
-        raise fail
+
+    def write() -> None:
+        with replacing(target) as file:
+            file.write(b"new")
+            raise fail
+
+    with pytest.raises(fail):
+        write()
     assert target.read_bytes() == b"old"
     assert names(tmp_path) == {"model.bin"}
 

@@ -114,13 +114,17 @@ def _read_entry(file: BinaryIO, directory: io.BytesIO, stop: int) -> tuple[str, 
     name = directory.read(name_length)
     extra = directory.read(extra_length)
     where = f"zip entry {name[:60]!r}"
-    if signature != b"PK\x01\x02" or comment_length:
+    whole = (len(name), len(extra)) == (name_length, extra_length)
+    if signature != b"PK\x01\x02" or comment_length or not whole:
         raise ValueError(f"{where}: damaged directory")
     text = name.decode("utf-8")
     if not text.isprintable() or "\\" in text or {"", ".", ".."} & set(text.split("/")):
         raise ValueError(f"{where}: not a name that torch writes")
     if method != 0 or flags & ~(_SIZE_FOLLOWS | _UTF8):
-        raise ValueError(f"{where}: is compressed or encrypted, torch stores files as they are")
+        raise ValueError(
+            f"{where}: is compressed or encrypted, which torch.save never does; if this is a "
+            "TorchScript archive, load it with torch.jit.load and save its state_dict"
+        )
     nbytes, packed, header = _wide_numbers(extra, nbytes, packed, header)
     if packed != nbytes:
         raise ValueError(f"{where}: {nbytes} bytes stored in {packed}")

@@ -17,7 +17,6 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as shorten
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ from .archive import Extent, checksum, read_directory, unpack
 from .atomic import replacing
 from .errors import RWKVFileError
 from .ggmf import open_regular, recognise
+from .pickles import shorten
 
 
 class _Type(NamedTuple):
