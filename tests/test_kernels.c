@@ -1,0 +1,488 @@
+/* Every level that this CPU can run gives the bits of the scalar one; the scalar one is as close to
+ * exact arithmetic as its definition says. `--bench` prints times and bandwidths instead. */
+#include <float.h>
+#include <math.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "check.h"
+#include "kernels.h"
+
+static const char * const isas[] = {"scalar", "avx2", "avx512", "neon"};
+enum { ISAS = sizeof isas / sizeof *isas };
+
+static const struct ggml_kernels * scalar;
+
+static void * allocate(size_t size) {
+    void * memory = malloc(size ? size : 1);
+    if (!memory) {
+        printf("out of memory\n");
+        exit(2);
+    }
+    return memory;
+}
+
+/* Aligned as activations and stripes must be, and not one byte longer than asked for. */
+static uint8_t * allocate_aligned(size_t size) {
+    return (uint8_t *)aligned_alloc(64, (size + 63) / 64 * 64);
+}
+
+/* ---- Matrices ------------------------------------------------------------------------------- */
+
+enum weights { NORMAL_WEIGHTS, RANDOM_BYTES };
+enum input { NORMAL_INPUT, OUTLIERS, SPECIALS };
+
+static float random_input(enum input kind) {
+    static const float specials[] = {NAN,     INFINITY, -INFINITY, 1e-45f,
+                                     -1e-40f, 0.0f,     -0.0f,     FLT_MAX};
+    float x = random_normal();
+    if (kind == OUTLIERS && random_below(20) == 0) x *= 40;
+    if (kind == SPECIALS && random_below(100) == 0) x = specials[random_below(8)];
+    if (kind == SPECIALS && random_below(3) == 0) x *= 1e-38f;
+    return x;
+}
+
+struct problem {
+    struct ggml_matrix w;
+    struct ggml_input in;
+    uint8_t * file; /* rows as in a file */
+    float * x;
+    uint8_t * act;
+    uint8_t * stripes;
+};
+
+static struct problem make_problem(enum ggml_type type, size_t rows, size_t cols, size_t n,
+                                   enum weights weights, enum input input) {
+    struct problem p;
+    const struct ggml_type_info * info = ggml_type_traits(type);
+    size_t row_size = ggml_row_size(type, cols);
+    /* FP32 and FP16 rows are used as they lie: at an odd address, with nothing after them */
+    p.file = (uint8_t *)allocate(rows * row_size + 1) + 1;
+    p.stripes = NULL;
+    float * row = (float *)allocate(cols * sizeof *row);
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t k = 0; k < cols; k++) row[k] = random_normal() * 0.1f;
+        ggml_quantize_row(type, row, p.file + r * row_size, cols);
+    }
+    free(row);
+    if (weights == RANDOM_BYTES) {
+        for (size_t i = 0; i < rows * row_size; i++) p.file[i] = (uint8_t)random_bits();
+        if (type == GGML_TYPE_Q4_1_O)
+            for (size_t i = 4; i < rows * row_size; i += info->block_bytes) {
+                p.file[i] %= 32;
+                p.file[i + 1] = 0;
+                if (random_below(4) == 0) memcpy(p.file + i, "\xFF\xFF\0\0", 4);
+            }
+    }
+    p.w.type = type;
+    p.w.rows = rows;
+    p.w.cols = cols;
+    p.w.data = p.file;
+    if (info->quantized) {
+        size_t bad = 0, middle = rows / 2 / 16 * 16;
+        p.stripes = allocate_aligned(ggml_stripes_size(type, rows, cols));
+        p.w.data = p.stripes;
+        check(ggml_pack_stripes(type, rows, cols, p.file, p.stripes, 0, middle, &bad) &&
+                  ggml_pack_stripes(type, rows, cols, p.file, p.stripes, middle, rows, &bad),
+              "%s: packing", info->name);
+    }
+    p.in.n = n;
+    p.in.ldx = cols + 3;
+    p.x = (float *)allocate(((n - 1) * p.in.ldx + cols) * sizeof *p.x);
+    for (size_t i = 0; i < (n - 1) * p.in.ldx + cols; i++) p.x[i] = random_input(input);
+    p.in.x = p.x;
+    p.act = NULL;
+    if (info->quantized) {
+        p.act = allocate_aligned(n * ggml_act_size(cols));
+        for (size_t t = 0; t < n; t++)
+            scalar->quantize_act(cols, p.x + t * p.in.ldx, p.act + t * ggml_act_size(cols));
+    }
+    p.in.act = p.act;
+    return p;
+}
+
+static void free_problem(struct problem * p) {
+    free(p->file - 1);
+    free(p->stripes);
+    free(p->x);
+    free(p->act);
+}
+
+static void test_matmul(const struct ggml_kernels * k, enum ggml_type type, size_t rows,
+                        size_t cols, size_t n, enum weights weights, enum input input) {
+    struct problem p = make_problem(type, rows, cols, n, weights, input);
+    size_t ldy = rows + 2, size = n * ldy;
+    float * expected = (float *)allocate(size * sizeof *expected);
+    float * y = (float *)allocate(size * sizeof *y);
+    for (size_t i = 0; i < size; i++) y[i] = expected[i] = 12345;
+    /* one token at a time, all rows; then all tokens, rows in two parts */
+    for (size_t t = 0; t < n; t++) {
+        struct ggml_input one = {p.in.x + t * p.in.ldx, p.in.ldx,
+                                 p.in.act ? p.in.act + t * ggml_act_size(cols) : NULL, 1};
+        scalar->matmul[type](&p.w, &one, expected + t * ldy, ldy, 0, rows);
+    }
+    size_t middle = rows / 2 / 16 * 16;
+    k->matmul[type](&p.w, &p.in, y, ldy, 0, middle);
+    k->matmul[type](&p.w, &p.in, y, ldy, middle, rows);
+    size_t wrong = 0;
+    while (wrong < size && same(y[wrong], expected[wrong])) wrong++;
+    check(wrong == size,
+          "%s: %s %zu x %zu, %zu vectors, weights %d, input %d: token %zu row %zu is %a, "
+          "expected %a",
+          k->isa, ggml_type_traits(type)->name, rows, cols, n, (int)weights, (int)input,
+          wrong / ldy, wrong % ldy, wrong < size ? y[wrong] : 0,
+          wrong < size ? expected[wrong] : 0);
+    free(expected);
+    free(y);
+    free_problem(&p);
+}
+
+static void test_matmuls(const struct ggml_kernels * k) {
+    static const size_t row_counts[] = {1, 15, 16, 17, 50};
+    static const size_t quantized_cols[] = {32, 64, 96, 416};
+    static const size_t float_cols[] = {1, 7, 8, 15, 16, 17, 31, 33, 100, 773};
+    for (int t = 0; t < GGML_TYPE_COUNT; t++) {
+        enum ggml_type type = (enum ggml_type)t;
+        bool quantized = ggml_type_traits(type)->quantized;
+        for (size_t r = 0; r < sizeof row_counts / sizeof *row_counts; r++) {
+            for (size_t n = 1; n <= 9; n++) {
+                const size_t * cols = quantized ? quantized_cols : float_cols;
+                size_t count = quantized ? 4 : 10;
+                for (size_t c = 0; c < count; c++) {
+                    size_t variant = r + n + c;
+                    test_matmul(k, type, row_counts[r], cols[c], n,
+                                variant % 4 == 3 ? RANDOM_BYTES : NORMAL_WEIGHTS,
+                                (enum input)(variant % 3));
+                }
+            }
+        }
+    }
+}
+
+/* A row against float64 over the weights as the file holds them. An activation is off by at most
+ * d/2, a block costs one rounding per step of its definition, at most of what has been summed up so
+ * far. */
+static void test_exactness(enum ggml_type type) {
+    enum { ROWS = 20, COLS = 512 };
+    const struct ggml_type_info * info = ggml_type_traits(type);
+    const struct ggml_layout * layout = &ggml_layouts[type];
+    struct problem p = make_problem(type, ROWS, COLS, 1, NORMAL_WEIGHTS, OUTLIERS);
+    float y[ROWS], w[COLS];
+    scalar->matmul[type](&p.w, &p.in, y, ROWS, 0, ROWS);
+    const struct ggml_act * act = (const struct ggml_act *)(const void *)p.act;
+    double worst = 0;
+    for (int r = 0; r < ROWS; r++) {
+        const uint8_t * row = p.file + (size_t)r * ggml_row_size(type, COLS);
+        double exact = 0, from_act = 0, magnitude = 0, steps = COLS / 16 + 4;
+        ggml_dequantize_row(type, row, w, COLS);
+        if (info->quantized) {
+            /* per 32 weights: convert, times d and fma; the minimum and s; the outlier's two */
+            steps = COLS / layout->size * (3 + 2 * layout->min) + COLS / 32 * 3 * layout->outlier;
+        }
+        for (int k = 0; k < COLS; k++) {
+            exact += (double)w[k] * p.x[k];
+            double parts = fabs(w[k]);
+            if (info->quantized) {
+                struct ggml_block block;
+                ggml_block_unpack(type, row + k / layout->size * info->block_bytes, &block);
+                from_act += act[k / 32].d / 2.0 * fabs(w[k]);
+                /* w = dq + m: the two may be much larger than w */
+                parts += 2 * fabs((double)block.m);
+            }
+            magnitude += parts * fabs(p.x[k]);
+        }
+        double bound = from_act + (steps + 8) * 0x1p-24 * magnitude;
+        worst = fmax(worst, fabs(y[r] - exact) / bound);
+    }
+    check(worst <= 1, "%s: error of %g bounds", info->name, worst);
+    free_problem(&p);
+}
+
+static void test_bad_outlier(void) {
+    enum { ROWS = 20, COLS = 64, BLOCKS = ROWS * COLS / 32 };
+    static const uint16_t bad_indices[] = {32, 100, 65534, 0xFFFF};
+    uint8_t file[BLOCKS * 24] = {0};
+    uint8_t * stripes = allocate_aligned(ggml_stripes_size(GGML_TYPE_Q4_1_O, ROWS, COLS));
+    size_t bad;
+    for (size_t b = 0; b < BLOCKS; b++) memset(file + b * 24 + 4, 0xFF, 2);
+    check(ggml_pack_stripes(GGML_TYPE_Q4_1_O, ROWS, COLS, file, stripes, 0, ROWS, &bad),
+          "blocks without outliers");
+    for (size_t i = 0; i < 4; i++) {
+        size_t b = random_below(BLOCKS);
+        memcpy(file + b * 24 + 4, &bad_indices[i], 2);
+        file[b * 24 + 7] = 0x3C;
+        check(!ggml_pack_stripes(GGML_TYPE_Q4_1_O, ROWS, COLS, file, stripes, 0, ROWS, &bad) &&
+                  bad == b,
+              "outlier index %u in block %zu, reported %zu", bad_indices[i], b, bad);
+        memset(file + b * 24 + 4, 0xFF, 2);
+        file[b * 24 + 7] = 0;
+    }
+    free(stripes);
+}
+
+/* ---- Vectors -------------------------------------------------------------------------------- */
+
+enum { VECTORS = 9 };
+
+/* `count` vectors of n floats, each in memory of its own that ends with it. */
+static void make_vectors(size_t n, enum input kind, float * vectors[VECTORS]) {
+    for (int i = 0; i < VECTORS; i++) {
+        vectors[i] = (float *)allocate(n * sizeof(float));
+        for (size_t k = 0; k < n; k++) vectors[i][k] = random_input(kind) * (i % 3 ? 1 : 30);
+    }
+}
+
+/* Runs operation `op`; the results are among the vectors. */
+static const char * run_operation(const struct ggml_kernels * k, int op, size_t n,
+                                  float * v[VECTORS]) {
+    switch (op) {
+    case 0:
+        k->layer_norm(n, v[0], v[1], v[2], v[3]);
+        return "layer_norm";
+    case 1:
+        k->layer_norm(n, v[0], v[1], v[2], v[0]);
+        return "layer_norm in place";
+    case 2:
+        k->lerp(n, v[0], v[1], v[2], v[3]);
+        return "lerp";
+    case 3:
+        k->exp(n, v[0], v[3]);
+        return "exp";
+    case 4:
+        k->exp(n, v[0], v[0]);
+        return "exp in place";
+    case 5:
+        k->relu2(n, v[0], v[0]);
+        return "relu2 in place";
+    case 6:
+        k->add(n, v[0], v[3]);
+        return "add";
+    case 7:
+        k->sigmoid_mul(n, v[0], v[1], v[3]);
+        return "sigmoid_mul";
+    case 8:
+        k->sigmoid_mul(n, v[0], v[1], v[1]);
+        return "sigmoid_mul in place";
+    case 9:
+        k->sigmoid_mul_add(n, v[0], v[1], v[3]);
+        return "sigmoid_mul_add";
+    case 10:
+        k->wkv(n, v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]);
+        return "wkv";
+    case 11:
+        k->wkv(n, v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[3]);
+        return "wkv in place";
+    default:
+        return NULL;
+    }
+}
+
+static void test_vectors(const struct ggml_kernels * k) {
+    for (size_t n = 1; n <= 70; n++) {
+        for (int kind = NORMAL_INPUT; kind <= SPECIALS; kind++) {
+            for (int op = 0;; op++) {
+                float *v[VECTORS], *expected[VECTORS];
+                make_vectors(n, (enum input)kind, expected);
+                for (int i = 0; i < VECTORS; i++) {
+                    v[i] = (float *)allocate(n * sizeof(float));
+                    memcpy(v[i], expected[i], n * sizeof(float));
+                }
+                const char * name = run_operation(k, op, n, v);
+                run_operation(scalar, op, n, expected);
+                bool equal = true;
+                for (int i = 0; i < VECTORS; i++) {
+                    for (size_t j = 0; j < n; j++) equal &= same(v[i][j], expected[i][j]);
+                    free(v[i]);
+                    free(expected[i]);
+                }
+                if (!name) break;
+                check(equal, "%s: %s of %zu, input %d", k->isa, name, n, kind);
+            }
+        }
+    }
+}
+
+static void test_quantize_act(const struct ggml_kernels * k) {
+    for (int i = 0; i < 3000; i++) {
+        enum { N = 96 };
+        float x[N];
+        float scale = ldexpf(1, (int)random_below(250) - 125);
+        for (int j = 0; j < N; j++) {
+            x[j] = random_input((enum input)(i % 3)) * (i % 5 ? 1 : scale);
+            if (i % 7 == 0) x[j] = (float)((int)random_below(65) - 32) / 2 * 16255 / 16; /* ties */
+        }
+        uint8_t * act = allocate_aligned(ggml_act_size(N));
+        uint8_t * expected = allocate_aligned(ggml_act_size(N));
+        k->quantize_act(N, x, act);
+        scalar->quantize_act(N, x, expected);
+        const struct ggml_act * a = (const struct ggml_act *)(const void *)act;
+        const struct ggml_act * e = (const struct ggml_act *)(const void *)expected;
+        bool equal = true, defined = true;
+        for (int b = 0; b < N / 32; b++) {
+            equal &= memcmp(a[b].a, e[b].a, sizeof a->a) == 0;
+            equal &= memcmp(a[b].hi, e[b].hi, sizeof a->hi) == 0;
+            equal &= memcmp(a[b].lo, e[b].lo, sizeof a->lo) == 0;
+            equal &= same(a[b].d, e[b].d) && same(a[b].s, e[b].s);
+            equal &= same(a[b].s_half[0], e[b].s_half[0]) && same(a[b].s_half[1], e[b].s_half[1]);
+            equal &= a[b].sum == e[b].sum && a[b].sum_half[0] == e[b].sum_half[0] &&
+                     a[b].sum_half[1] == e[b].sum_half[1];
+            /* and the scalar one is what README.md says */
+            for (int j = 0; j < 32; j++) {
+                int v = e[b].a[ggml_slot(j)];
+                defined &= v == 128 * e[b].hi[j] + e[b].lo[j] && abs(v) <= 16255;
+                defined &= e[b].lo[j] >= -64 && e[b].lo[j] <= 63;
+                if (!(e[b].d > 0)) defined &= v == 0;
+                if (e[b].d > 0) defined &= (float)v == rintf(x[32 * b + j] * (1 / e[b].d));
+            }
+        }
+        check(equal, "%s: quantize_act", k->isa);
+        check(defined, "quantize_act as defined");
+        free(act);
+        free(expected);
+    }
+}
+
+/* The scalar vector operations against float64. */
+static void test_accuracy(void) {
+    double worst = 0;
+    for (int i = 0; i < 3000000; i++) {
+        float x =
+            i % 2 ? float_of(random_bits()) : ((float)random_bits() / 4294967296.0f - 0.5f) * 210;
+        float y;
+        scalar->exp(1, &x, &y);
+        double exact = exp((double)x);
+        if (x != x || exact > FLT_MAX) {
+            check(same(y, x != x ? x : INFINITY) || exact < 1.0000002 * FLT_MAX, "exp(%a) = %a", x,
+                  y);
+            continue;
+        }
+        int exponent;
+        frexp(exact, &exponent);
+        double ulp = ldexp(1, exponent - 24 < -149 ? -149 : exponent - 24);
+        worst = fmax(worst, fabs(y - exact) / ulp);
+    }
+    check(worst <= 2, "exp is off by %g ulp", worst);
+    printf("exp: at most %.3f ulp\n", worst);
+    static const struct {
+        float x, y;
+    } exact[] = {{0, 1},     {-0.0f, 1},     {INFINITY, INFINITY}, {-INFINITY, 0},
+                 {-104, 0},  {89, INFINITY}, {FLT_MAX, INFINITY},  {-FLT_MAX, 0},
+                 {1e-45f, 1}};
+    for (size_t i = 0; i < sizeof exact / sizeof *exact; i++) {
+        float y;
+        scalar->exp(1, &exact[i].x, &y);
+        check(bits_of(y) == bits_of(exact[i].y), "exp(%a) = %a", exact[i].x, y);
+    }
+
+    enum { N = 1000 };
+    static float x[N], w[N], b[N], y[N];
+    for (int i = 0; i < N; i++) {
+        x[i] = random_normal() * 3 + 1;
+        w[i] = random_normal();
+        b[i] = random_normal();
+    }
+    double mean = 0, var = 0, off = 0;
+    for (int i = 0; i < N; i++) mean += x[i];
+    mean /= N;
+    for (int i = 0; i < N; i++) var += (x[i] - mean) * (x[i] - mean);
+    var /= N;
+    scalar->layer_norm(N, x, w, b, y);
+    for (int i = 0; i < N; i++)
+        off = fmax(off, fabs(y[i] - ((x[i] - mean) / sqrt(var + 1e-5) * w[i] + b[i])));
+    check(off < 5e-6, "layer_norm is off by %g", off); /* values up to 10, some 10 roundings */
+}
+
+/* ---- Bench ---------------------------------------------------------------------------------- */
+
+static double now(void) {
+    struct timespec t;
+    timespec_get(&t, TIME_UTC);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Many matrices in turn, 256 MB together, so that no cache holds them. */
+static void bench(const struct ggml_kernels * k, enum ggml_type type, size_t n) {
+    enum { ROWS = 2048, COLS = 2048 };
+    struct problem p = make_problem(type, ROWS, COLS, n, NORMAL_WEIGHTS, NORMAL_INPUT);
+    bool quantized = ggml_type_traits(type)->quantized;
+    size_t size =
+        quantized ? ggml_stripes_size(type, ROWS, COLS) : ROWS * ggml_row_size(type, COLS);
+    size_t copies = ((size_t)256 << 20) / size + 1;
+    uint8_t * data = allocate_aligned(copies * size);
+    float * y = (float *)allocate(n * ROWS * sizeof *y);
+    for (size_t i = 0; i < copies; i++) memcpy(data + i * size, p.w.data, size);
+    double best = 1e9;
+    for (int repetition = 0; repetition < 7; repetition++) {
+        double start = now();
+        for (size_t i = 0; i < copies; i++) {
+            p.w.data = data + i * size;
+            k->matmul[type](&p.w, &p.in, y, ROWS, 0, ROWS);
+        }
+        best = fmin(best, (now() - start) / (double)copies);
+    }
+    printf("%-7s %-9s N=%-3zu %10.0f ns  %7.2f GB/s  %7.1f GOP/s\n", k->isa,
+           ggml_type_traits(type)->name, n, best * 1e9, (double)size / best * 1e-9,
+           2.0 * ROWS * COLS * (double)n / best * 1e-9);
+    fflush(stdout);
+    free(data);
+    free(y);
+    free_problem(&p);
+}
+
+static void bench_vectors(const struct ggml_kernels * k) {
+    enum { N = 4096 };
+    float * v[VECTORS];
+    make_vectors(N, NORMAL_INPUT, v);
+    uint8_t * act = allocate_aligned(ggml_act_size(N));
+    for (int op = -1;; op++) {
+        double best = 1e9;
+        const char * name = "quantize_act";
+        for (int repetition = 0; repetition < 50 && name; repetition++) {
+            double start = now();
+            if (op < 0) {
+                k->quantize_act(N, v[8], act);
+            } else {
+                name = run_operation(k, op, N, v);
+            }
+            best = fmin(best, now() - start);
+        }
+        if (!name) break;
+        printf("%-7s %-24s of %d: %8.0f ns\n", k->isa, name, N, best * 1e9);
+    }
+    for (int i = 0; i < VECTORS; i++) free(v[i]);
+    free(act);
+}
+
+int main(int argc, char ** argv) {
+    bool benchmark = argc > 1 && strcmp(argv[1], "--bench") == 0;
+    const char * only = argc > 2 ? argv[2] : NULL;
+    const char * reason = NULL;
+    scalar = ggml_kernels_select("scalar", &reason);
+    check(ggml_kernels_select("sse9", &reason) == NULL && reason, "unknown levels are refused");
+    printf("%s\n", ggml_cpu_features());
+    if (!benchmark) {
+        test_accuracy();
+        test_bad_outlier();
+        for (int t = 0; t < GGML_TYPE_COUNT; t++) test_exactness((enum ggml_type)t);
+    }
+    for (int i = 0; i < ISAS; i++) {
+        const struct ggml_kernels * k = ggml_kernels_select(isas[i], &reason);
+        if (!k) {
+            printf("%s: skipped, %s\n", isas[i], reason);
+            continue;
+        }
+        if (only && strcmp(only, isas[i]) != 0) continue;
+        if (benchmark) {
+            for (int t = 0; t < GGML_TYPE_COUNT; t++)
+                for (size_t n = 1; n <= 16; n *= 4) bench(k, (enum ggml_type)t, n);
+            bench_vectors(k);
+            continue;
+        }
+        int before = passed + failed;
+        test_matmuls(k);
+        test_vectors(k);
+        test_quantize_act(k);
+        printf("%s: %d checks\n", isas[i], passed + failed - before);
+    }
+    return benchmark ? 0 : finish();
+}
