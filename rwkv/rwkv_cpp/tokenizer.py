@@ -28,19 +28,22 @@ from .errors import RWKVFileError, VocabularyNotFound
 MAX_VOCABULARY_BYTES = 64 << 20  # the published files have 1 and 2.5 MB
 MAX_LINE_CHARACTERS = 4096  # the longest line of the published World file has 140
 
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}  # 20B has no tokens for these bytes
+
+PACKAGES = ("rwkv", "pyrwkv-tokenizer")  # both keep World's file beside their __init__.py
 DOWNLOAD_TIMEOUT_SECONDS = 10.0  # to connect, and between two pieces
 
 
 class Tokenizer(abc.ABC):
     """A table of tokens, and a rule to cut text into them.
 
-    n_vocab is the model's, and may exceed the table's length: some models have unused ids.
+    n_vocab is the model's, and may exceed the highest id: some models have unused ids.
     """
 
-    def __init__(self, n_vocab: int, table: list[bytes | None]) -> None:
-        if len(table) > n_vocab:
+    def __init__(self, n_vocab: int, table: dict[int, bytes]) -> None:
+        if (highest := max(table)) >= n_vocab:
             raise RWKVFileError(
-                f"holds ids up to {len(table) - 1}, the model only {n_vocab} tokens:"
+                f"holds ids up to {highest}, the model only {n_vocab} tokens:"
                 " pass the vocabulary that the model was trained with"
             )
         self.n_vocab = n_vocab
@@ -78,14 +81,14 @@ class Tokenizer(abc.ABC):
         index = operator.index(token)
         if not 0 <= index < self.n_vocab:
             raise ValueError(f"token {token} is not in 0..{self.n_vocab - 1}")
-        return self._table[index] if index < len(self._table) else None
+        return self._table.get(index)
 
 
 class ByteTokenizer(Tokenizer):
     """256 tokens: the bytes."""
 
     def __init__(self) -> None:
-        super().__init__(256, [bytes([value]) for value in range(256)])
+        super().__init__(256, {value: bytes([value]) for value in range(256)})
 
     def encode(self, text: str) -> list[int]:
         return list(_utf8(text))
@@ -99,7 +102,7 @@ class WorldTokenizer(Tokenizer):
 
     def __init__(self, n_vocab: int, tokens: list[bytes]) -> None:
         """tokens: those of ids 1, 2, …; all different, none empty, every single byte among them."""
-        super().__init__(n_vocab, [b"", *tokens])
+        super().__init__(n_vocab, dict(enumerate([b"", *tokens])))
         # The trie as one dict: every beginning of a token leads to the longest token that it begins
         # with itself, as id and length. So a walk ends where the text leaves the dict.
         self._longest: dict[bytes, tuple[int, int]] = {}
@@ -144,7 +147,9 @@ class BPETokenizer(Tokenizer):
 
         try:
             self._bpe = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
-        except Exception as error:  # the package raises nothing more special
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the package's own: an Exception, or a panic, which is none
             raise RWKVFileError(f"not a tokenizer's file: {error}") from None
         if not isinstance(self._bpe.decoder, tokenizers.decoders.ByteLevel):
             raise RWKVFileError("not the file of a byte-level BPE tokenizer, as 20B is")
@@ -153,8 +158,11 @@ class BPETokenizer(Tokenizer):
         self._bpe.no_padding()
 
         ids = self._bpe.get_vocab()
-        table: list[bytes | None] = [None] * (max(ids.values(), default=-1) + 1)
         byte_of = _byte_level_alphabet()
+        for character, value in byte_of.items():
+            if character not in ids and value not in NEVER_IN_UTF8:  # its text would be dropped
+                raise RWKVFileError(f"no token for the byte 0x{value:02x}")
+        table = {}
         for token, index in ids.items():
             try:
                 table[index] = bytes(byte_of[character] for character in token)
@@ -306,9 +314,6 @@ def _find(
     )
 
 
-PACKAGES = ("rwkv", "pyrwkv-tokenizer")  # both keep World's file beside their __init__.py
-
-
 def _folders(model_path: str | Path | None) -> Iterator[Path]:
     """The folders to look for a vocabulary in, the nearest first."""
     if model_path is not None:
@@ -414,7 +419,7 @@ def _parse_literal(literal: str) -> bytes | None:
 
 def _utf8(text: str) -> bytes:
     try:
-        return text.encode("utf-8")
+        return str.encode(text, "utf-8")  # TypeError for anything but a str
     except UnicodeEncodeError as error:
         raise ValueError(
             f"lone surrogate U+{ord(text[error.start]):04X} at position {error.start} of the text:"
