@@ -446,7 +446,7 @@ def test_bombs_need_little_memory(tmp_path):  # C-03: all of them in 256 MiB
     for i, bomb in enumerate(BOMBS.values()):
         data = b"\x80\x05" + bomb + b"."
         (tmp_path / f"{i}").write_bytes(make.archive(make.zip_files(data, [bytes(24)])))
-    code = """
+    code = r"""
 import re, sys
 from pathlib import Path
 from rwkv_cpp.checkpoint import open_checkpoint
