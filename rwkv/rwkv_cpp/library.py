@@ -231,29 +231,30 @@ def _interruptible(call: Callable[[], T], interrupt: Callable[[], object]) -> T:
         return call()
     results: list[T] = []
     errors: list[BaseException] = []
+    first = threading.Lock()  # taken by the call when it begins, or by an exception before that
     ended = threading.Event()
 
     def work() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            ended.set()
+        if first.acquire(blocking=False):
+            try:
+                results.append(call())
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                ended.set()
 
-    threading.Thread(target=work, name="rwkv call").start()
     try:
+        threading.Thread(target=work, name="rwkv call").start()
         while not ended.wait(0.1):  # with a limit, because Windows can't be interrupted without one
             pass
     except BaseException:
-        while (
-            not ended.is_set()
-        ):  # the call still uses its buffers: a second Ctrl-C has to wait too
-            interrupt()
-            try:
-                ended.wait(0.1)
-            except BaseException:
-                continue
+        if not first.acquire(blocking=False):
+            while not ended.is_set():  # the call still uses its buffers, whatever else is raised
+                try:
+                    interrupt()
+                    ended.wait(0.1)
+                except BaseException:
+                    continue
         raise
     if errors:
         raise errors[0]

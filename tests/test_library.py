@@ -1,0 +1,361 @@
+"""library.py: finding and loading the C library, its prototypes, its errors."""
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import random_model, write_model
+from reference import quants
+
+from rwkv_cpp import library as lib
+from rwkv_cpp.errors import RWKVFileError, RWKVLibraryNotFound
+from rwkv_cpp.library import RWKVSharedLibrary, load_rwkv_shared_library
+
+HEADER = Path(__file__).parents[1] / "rwkv.h"
+
+
+@pytest.fixture(scope="module")
+def library():
+    return load_rwkv_shared_library()
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("library") / "model.bin"
+    write_model(path, random_model(1, n_vocab=50, n_embed=32, n_layer=2))
+    return path
+
+
+# ---- rwkv.h ----
+
+
+def test_prototypes_are_those_of_the_header():
+    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text("utf-8"), flags=re.S)
+    declared = dict(re.findall(r"RWKV_API [^;(]*?(rwkv_\w+)\(([^;]*)\);", text))
+    # A default comes back by value: a library with a longer struct would write beyond ours.
+    declared = {name: args for name, args in declared.items() if "_default_" not in name}
+    assert set(lib._PROTOTYPES) == set(declared)
+    for name, arguments in declared.items():
+        count = 0 if arguments == "void" else arguments.count(",") + 1
+        assert len(lib._PROTOTYPES[name]) - 1 == count, name
+
+
+def test_api_version_is_the_headers():
+    (version,) = re.findall(r"#define RWKV_API_VERSION (\d+)", HEADER.read_text("utf-8"))
+    assert int(version) == lib.API_VERSION
+
+
+@pytest.mark.parametrize("name", ["load", "context", "quantize"])
+def test_option_structs_are_the_librarys(library, name):
+    mirror = {
+        "load": lib._LoadOptions,
+        "context": lib._ContextOptions,
+        "quantize": lib._QuantizeOptions,
+    }[name]
+    function = getattr(ctypes.CDLL(str(library.path)), f"rwkv_default_{name}_options")
+    function.restype = mirror
+    function.argtypes = []
+    defaults = function()
+    assert defaults.size == ctypes.sizeof(mirror)
+    ours = mirror(mmap=True) if name == "load" else mirror()
+    for field, kind in mirror._fields_:
+        if kind is lib._PROGRESS:
+            assert not getattr(defaults, field)
+        else:
+            assert getattr(defaults, field) == getattr(ours, field), field
+
+
+# ---- finding ----
+
+
+def test_variable_decides_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("RWKV_LIBRARY_PATH", str(tmp_path / "missing.so"))
+    with pytest.raises(RWKVLibraryNotFound, match=r"missing\.so"):
+        load_rwkv_shared_library()
+
+
+def test_given_path(library):
+    assert load_rwkv_shared_library(library.path).path == library.path
+    assert load_rwkv_shared_library(os.fsencode(library.path)).path == library.path
+
+
+def test_file_that_is_no_library(tmp_path):
+    path = tmp_path / lib.FILE_NAME
+    path.write_text("not a library")
+    with pytest.raises(RWKVLibraryNotFound, match="cannot be loaded"):
+        RWKVSharedLibrary(path)
+
+
+def test_other_library(library):
+    with pytest.raises(RWKVLibraryNotFound, match="has no function rwkv_get_api_version"):
+        import _ctypes
+
+        RWKVSharedLibrary(_ctypes.__file__)
+
+
+@pytest.mark.parametrize("expected", [1999, 2000, 0])
+def test_other_api_version(library, monkeypatch, expected):
+    monkeypatch.setattr(lib, "API_VERSION", expected)
+    with pytest.raises(RWKVLibraryNotFound, match=rf"has API version 1\.\d+, expected {expected // 1000}\."):
+        RWKVSharedLibrary(library.path)
+
+
+def test_not_found_names_every_path_and_how_to_build(tmp_path, monkeypatch):
+    broken = tmp_path / "broken.so"
+    broken.write_text("x")
+    paths = [tmp_path / "a" / lib.FILE_NAME, tmp_path / "b" / lib.FILE_NAME, broken]
+    monkeypatch.setattr(lib, "_candidates", lambda: iter(paths))
+    with pytest.raises(RWKVLibraryNotFound) as error:
+        lib._load.__wrapped__(None)
+    for text in [*map(str, paths), "no such file", "cannot be loaded", "pip install", "cmake -D"]:
+        assert text in str(error.value)
+
+
+def test_broken_candidate_is_passed_over(library, tmp_path, monkeypatch):
+    broken = tmp_path / lib.FILE_NAME
+    broken.write_text("x")
+    monkeypatch.setattr(lib, "_candidates", lambda: iter([broken, library.path]))
+    assert lib._load.__wrapped__(None).path == library.path
+
+
+def test_candidates_are_not_in_the_working_directory(tmp_path):
+    code = "from rwkv_cpp import library; print(*library._candidates(), sep='\\n')"
+    environment = os.environ | {"PYTHONPATH": package_root()}
+    for folder in ("", "build", "bin/Release", "../bin/Release"):
+        (tmp_path / "cwd" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cwd" / folder / lib.FILE_NAME).write_text("trap")
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "cwd",
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    assert shown
+    for path in map(Path, shown):
+        assert path.is_absolute()
+        assert tmp_path not in path.parents
+
+
+def package_root() -> str:
+    return str(Path(lib.__file__).parents[1])
+
+
+# ---- errors ----
+
+
+def test_errors_have_the_librarys_text(library, model_path, tmp_path, capfd):
+    cases = [
+        (RWKVFileError, "nothing.bin", lambda: library.rwkv_load(tmp_path / "nothing.bin")),
+        (RWKVFileError, "nothing.bin", lambda: library.rwkv_estimate(tmp_path / "nothing.bin")),
+        (RWKVFileError, str(tmp_path), lambda: library.rwkv_load(tmp_path)),
+        (ValueError, "NUL", lambda: library.rwkv_load("a\0b")),
+        (ValueError, "Q9", lambda: library.rwkv_quantize_file(model_path, tmp_path / "o", "Q9")),
+        (ValueError, "A8", lambda: library.rwkv_load(model_path, activations="A8")),
+        (ValueError, "thread_count", lambda: library.rwkv_load(model_path, 0)),
+        (ValueError, "thread_count", lambda: library.rwkv_load(model_path, 1025)),
+        (ValueError, "thread_count", lambda: library.rwkv_init_from_file(model_path, 2**32 + 1)),
+        (TypeError, "thread_count", lambda: library.rwkv_load(model_path, "4")),
+        (TypeError, "thread_count", lambda: library.rwkv_load(model_path, True)),
+    ]
+    for kind, text, call in cases:
+        with pytest.raises(kind, match=re.escape(text)):
+            call()
+    raised = []
+    for _, _, call in cases[:2]:  # on a new thread nothing is printed either
+        thread = threading.Thread(target=lambda c=call: raised.append(catch(c)))
+        thread.start()
+        thread.join()
+    assert [type(error) for error in raised] == [RWKVFileError] * 2
+    assert capfd.readouterr() == ("", "")
+
+
+def catch(call):
+    try:
+        call()
+    except BaseException as error:
+        return error
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are Unicode there")
+def test_path_that_is_not_utf8(library, model_path, tmp_path):
+    name = os.fsencode(tmp_path) + b"/\xff\xfe.bin"
+    Path(os.fsdecode(name)).write_bytes(model_path.read_bytes())
+    for path in (name, os.fsdecode(name)):
+        library.rwkv_load(path, 1).free()
+
+
+# ---- loading ----
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_progress_runs_to_the_file_size(library, model_path, mmap):
+    calls = []
+    library.rwkv_load(model_path, 1, mmap=mmap, progress=lambda *call: calls.append(call)).free()
+    done, totals = zip(*calls, strict=True)
+    assert list(done) == sorted(done)
+    assert done[-1] == totals[-1] == model_path.stat().st_size
+    assert set(totals) == {totals[-1]}
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_exception_in_progress_cancels(library, model_path, tmp_path, kind, in_thread):
+    def progress(done, total):
+        raise kind("from progress")
+
+    target = tmp_path / "quantized.bin"
+    calls = [
+        lambda: library.rwkv_load(model_path, 1, progress=progress),
+        lambda: library.rwkv_quantize_file(model_path, target, "Q8_0", progress=progress),
+    ]
+    for call in calls:
+        if in_thread:
+            errors = []
+            thread = threading.Thread(target=lambda c=call: errors.append(catch(c)))
+            thread.start()
+            thread.join()
+            error = errors[0]
+        else:
+            error = catch(call)
+        assert type(error) is kind
+        assert error.args == ("from progress",)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill sends no SIGINT there")
+def test_interrupt_waits_for_the_call():
+    interrupted = threading.Event()
+    ended = []
+
+    def call():
+        os.kill(os.getpid(), signal.SIGINT)
+        interrupted.wait(20)
+        os.kill(os.getpid(), signal.SIGINT)  # a second Ctrl-C changes nothing
+        ended.append(interrupted.is_set())
+
+    with pytest.raises(KeyboardInterrupt):
+        lib._interruptible(call, interrupted.set)
+    assert ended == [True]
+
+
+def test_interruptible_passes_results_and_errors_on():
+    assert lib._interruptible(lambda: 5, lambda: None) == 5
+    with pytest.raises(ZeroDivisionError):
+        lib._interruptible(lambda: 1 // 0, lambda: None)
+
+
+# ---- the low-level functions ----
+
+
+def test_evaluation_through_addresses(library, model_path):
+    ctx = library.rwkv_init_from_file(model_path, 1)
+    n_state = library.rwkv_get_state_len(ctx)
+    n_vocab = library.rwkv_get_logits_len(ctx)
+    assert library.rwkv_get_state_buffer_element_count(ctx) == n_state == 2 * 5 * 32
+    assert library.rwkv_get_logits_buffer_element_count(ctx) == n_vocab == 50
+    assert library.rwkv_get_n_vocab(ctx) == 50
+    assert library.rwkv_get_n_embed(ctx) == 32
+    assert library.rwkv_get_n_layer(ctx) == 2
+
+    def buffers():
+        return np.zeros(n_state, np.float32), np.zeros(n_vocab, np.float32)
+
+    state, logits = buffers()
+    for i, token in enumerate([1, 2, 3]):
+        state_in = state.ctypes.data if i else None
+        library.rwkv_eval(ctx, token, state_in, state.ctypes.data, logits.ctypes.data)
+    other_state, other_logits = buffers()
+    library.rwkv_eval_sequence(
+        ctx, [1, 2, 3], None, other_state.ctypes.data, other_logits.ctypes.data
+    )
+    assert np.array_equal(state, other_state)
+    assert np.array_equal(logits, other_logits)
+    other_state, other_logits = buffers()
+    library.rwkv_eval_sequence_in_chunks(
+        ctx, [1, 2, 3], 2, None, other_state.ctypes.data, other_logits.ctypes.data
+    )
+    assert np.array_equal(state, other_state)
+    assert np.array_equal(logits, other_logits)
+    library.rwkv_eval(ctx, 1, None, None, None)
+
+    for token in (50, 2**32 + 5, -1):
+        with pytest.raises(ValueError):
+            library.rwkv_eval(ctx, token, None, None, None)
+    library.rwkv_free(ctx)
+    library.rwkv_free(ctx)
+    with pytest.raises(RuntimeError, match="closed"):
+        library.rwkv_eval(ctx, 1, None, None, None)
+
+
+def test_quantize_by_name_and_by_number_of_2023(library, model_path, tmp_path):
+    for number in range(2, 10):
+        name = library.rwkv_get_format_name(number)
+        library.rwkv_quantize_model_file(model_path, tmp_path / "by_name", name)
+        library.rwkv_quantize_model_file(model_path, tmp_path / "by_number", number)
+        assert (tmp_path / "by_name").read_bytes() == (tmp_path / "by_number").read_bytes()
+    with pytest.raises(ValueError):
+        library.rwkv_quantize_model_file(model_path, tmp_path / "by_number", 10)
+
+
+def test_estimate_is_of_the_file(library, model_path):
+    memory = library.rwkv_estimate(model_path)
+    assert memory.file == model_path.stat().st_size
+    assert memory.state == 4 * 2 * 5 * 32
+    assert 0 < memory.mapped < memory.file
+    copied = library.rwkv_estimate(model_path, mmap=False)
+    assert copied.mapped == 0
+    assert copied.weights >= memory.mapped
+
+
+def test_estimate_of_a_shape_is_that_of_such_a_file(library, tmp_path):
+    path, quantized = tmp_path / "model.bin", tmp_path / "quantized.bin"
+    n_embed = 32
+    tensors = random_model(1, n_vocab=64, n_embed=n_embed, n_layer=2, n_ffn=4 * n_embed)
+    for name in quants.PLAIN:
+        write_model(path, tensors, name)
+        assert library.rwkv_estimate_shape(64, n_embed, 2, name) == library.rwkv_estimate(path)
+    for data_type in range(2, 10):
+        name = library.rwkv_get_format_name(data_type)
+        library.rwkv_quantize_file(path, quantized, name)
+        shape = library.rwkv_estimate_shape(64, n_embed, 2, name)
+        assert shape == library.rwkv_estimate(quantized), name
+
+
+def test_system_info_names_the_active_kernels(library):
+    assert re.search(r"\bISA=\w+", library.rwkv_get_system_info_string())
+
+
+# ---- formats ----
+
+
+def test_format_names():
+    for name, data_type in quants.TYPE_IDS.items():
+        assert lib.format_name(data_type) == name
+    for unknown in (10, 16, 255, 2**32 - 1):
+        with pytest.raises(ValueError, match="unknown data type"):
+            lib.format_name(unknown)
+
+
+@pytest.mark.parametrize("version", [100, 101])
+@pytest.mark.parametrize("name", quants.TYPE_IDS)
+def test_row_sizes(version, name):
+    data_type = quants.TYPE_IDS[name]
+    if name not in quants.PLAIN and (version, name) not in quants.LAYOUTS:
+        with pytest.raises(ValueError):
+            lib.row_size(version, data_type, 64)
+        return
+    assert lib.row_size(version, data_type, 64) == quants.row_bytes(version, name, 64)
+    if name not in quants.PLAIN:
+        with pytest.raises(ValueError):
+            lib.row_size(version, data_type, 40)
+    with pytest.raises(ValueError):
+        lib.row_size(102, data_type, 64)
