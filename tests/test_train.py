@@ -5,20 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import reference.rwkv_v4
-from click.testing import CliRunner, Result
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
-import rwkv_cpp.errors  # noqa: E402
+from rwkv_cpp import cli  # noqa: E402
 from rwkv_cpp.errors import RWKVError, RWKVFileError  # noqa: E402
-from rwkv_cpp.train import command  # noqa: E402
 from rwkv_cpp.train.loop import Progress, Settings, Trainer, train  # noqa: E402
 from rwkv_cpp.train.network import CHUNK, NO_WEIGHT, Network, wkv  # noqa: E402
 
@@ -215,14 +214,27 @@ def test_infinite_loss_is_an_error(text: Path) -> None:
 TINY_OPTIONS = ["--n-layer=1", "--n-embed=8", "--sequence=16", "--batch=2", "--steps=4"]
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+@pytest.fixture
+def rwkv_train(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str]]]:
+    """Runs `rwkv train` with the arguments given: its exit code and all that it wrote."""
+
+    def invoke(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["rwkv", "train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        return exit_info.value.code, "".join(capfd.readouterr())
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield invoke
+    signal.signal(signal.SIGTERM, before)
 
 
-def test_command_writes_model_and_curve(text: Path, tmp_path: Path) -> None:
-    result = invoke(text, tmp_path / "out.pth", *TINY_OPTIONS)
-    assert result.exit_code == 0, result.output
-    assert "step 4: held-out loss" in result.output
+def test_command_writes_model_and_curve(text: Path, tmp_path: Path, rwkv_train) -> None:
+    code, output = rwkv_train(text, tmp_path / "out.pth", *TINY_OPTIONS)
+    assert code == 0, output
+    assert "step 4: held-out loss" in output
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["out.png", "out.pth", "text.txt"]
@@ -230,7 +242,11 @@ def test_command_writes_model_and_curve(text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_leaves_a_checkpoint(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    text: Path,
+    tmp_path: Path,
+    rwkv_train,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
 ) -> None:
     real_step = Trainer.step
 
@@ -239,16 +255,15 @@ def test_signal_leaves_a_checkpoint(
             signal.raise_signal(number)
         return real_step(trainer)
 
-    before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", step_with_signal)
-        result = invoke(text, tmp_path / "out.pth", *TINY_OPTIONS)
-    assert result.exit_code == 128 + number
-    assert "--resume" in result.output
-    assert signal.getsignal(number) is before
+        code, output = rwkv_train(text, tmp_path / "out.pth", *TINY_OPTIONS)
+    assert code == 128 + number
+    assert "--resume" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.checkpoint", "text.txt"]
-    result = invoke(text, tmp_path / "out.pth", *TINY_OPTIONS, "--resume")
-    assert result.exit_code == 0, result.output
+    code, output = rwkv_train(text, tmp_path / "out.pth", *TINY_OPTIONS, "--resume")
+    assert code == 0, output
+    assert (tmp_path / "out.pth").exists()
 
 
 @pytest.mark.parametrize(
@@ -262,45 +277,45 @@ def test_signal_leaves_a_checkpoint(
         (b"x" * 3000, ["--learning-rate", "0"], "--learning-rate"),
         (b"x" * 3000, ["--dropout", "1"], "--dropout"),
         (b"x" * 3000, ["--precision", "int8"], "--precision"),
-        (None, [], "does not exist"),
+        (None, [], "text.txt: No such file or directory"),
     ],
 )
 def test_command_errors(
-    tmp_path: Path, content: bytes | None, options: list[str], message: str
+    tmp_path: Path, rwkv_train, content: bytes | None, options: list[str], message: str
 ) -> None:
     text = tmp_path / "text.txt"
     if content is not None:
         text.write_bytes(content)
-    result = invoke(text, tmp_path / "out.pth", *options)
-    assert result.exit_code in (1, 2)
-    assert isinstance(result.exception, SystemExit)  # a message, not a traceback
-    error = result.output.splitlines()[-1]
+    code, output = rwkv_train(text, tmp_path / "out.pth", *options)
+    assert code == (2 if message.startswith("--") else 1)
+    assert "Traceback" not in output
+    error = output.splitlines()[-1]
     assert error.lower().startswith("error: ")
     assert message in error
     assert not (tmp_path / "out.pth").exists()
 
 
-def test_command_refuses_to_overwrite_its_text(text: Path) -> None:
+def test_command_refuses_to_overwrite_its_text(text: Path, rwkv_train) -> None:
     content = text.read_bytes()
-    result = invoke(text, text)
-    assert result.exit_code == 1
-    assert "same file" in result.output
+    code, output = rwkv_train(text, text)
+    assert code == 1
+    assert "same file" in output
     assert text.read_bytes() == content
 
 
-def test_missing_torch_is_named(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torch_is_named(text: Path, rwkv_train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    result = invoke(text, text.with_suffix(".pth"))
-    assert result.exit_code == 1
-    assert "needs the package torch (pip install 'rwkv-ggml[train]')" in result.output
+    code, output = rwkv_train(text, text.with_suffix(".pth"))
+    assert code == 1
+    assert output == "error: training needs the package torch (pip install 'rwkv-ggml[train]')\n"
 
 
 def test_help_works_without_torch() -> None:
     program = (
         "import sys; sys.modules['torch'] = sys.modules['matplotlib'] = None\n"
-        "from rwkv_cpp.train import command; command(['--help'])"
+        "sys.argv = ['rwkv', 'train', '--help']; import rwkv_cpp.cli; rwkv_cpp.cli.main()"
     )
-    folder = Path(rwkv_cpp.errors.__file__).parents[1]
+    folder = Path(cli.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(folder)}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True

@@ -10,13 +10,13 @@ from tqdm import tqdm
 from ..atomic import refuse_same_file
 from ..errors import RWKVError
 
-FILE = click.Path(dir_okay=False, path_type=Path)
+FILE = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
 FRACTION = click.FloatRange(0, 1, max_open=True)
 
 
 @click.command()
-@click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("text", type=FILE)
 @click.argument("target", metavar="OUT.pth", type=FILE)
 @click.option("--n-layer", type=COUNT, default=5, help="Layers of the model.")
 @click.option("--n-embed", type=COUNT, default=256, help="Channels of a layer.")
@@ -64,7 +64,7 @@ def command(
     """
     for package in ("torch", "matplotlib"):
         if importlib.util.find_spec(package) is None:
-            raise click.ClickException(
+            raise RWKVError(
                 f"training needs the package {package} (pip install 'rwkv-ggml[train]')"
             )
     import torch
@@ -82,10 +82,10 @@ def command(
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
         stopped_by.append(number)
 
+    refuse_same_file(text, target)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=settings.steps, unit="step", disable=None)
     try:
-        refuse_same_file(text, target)
         run = train(
             text,
             target,
@@ -108,8 +108,6 @@ def command(
             click.echo(f"stopped; go on with --resume (checkpoint: {checkpoint})", err=True)
             context.exit(128 + stopped_by[0])
         draw_curve(target.with_suffix(".png"), progress.train, progress.held_out)
-    except (RWKVError, ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     finally:
         bar.close()
         for number, handler in before.items():
