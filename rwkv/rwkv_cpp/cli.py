@@ -87,6 +87,9 @@ def main_as(name: str, *positional: str, **defaults: str) -> NoReturn:
 
 def run(command: click.Command) -> NoReturn:
     """Run a command on the process's arguments and exit."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as `>&-` does
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character of the text
             stream.reconfigure(errors="replace")
