@@ -15,12 +15,11 @@ import checkpoints as make
 import models
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from rwkv_cpp.convert import BLOCK_TENSORS, TENSORS, check_tensors, command, convert
+from rwkv_cpp.convert import BLOCK_TENSORS, TENSORS, check_tensors, convert
 from rwkv_cpp.errors import RWKVFileError
 from rwkv_cpp.ggmf import read_index
 
-RUN = "from rwkv_cpp.convert import command; command()"
+RUN = "from rwkv_cpp.cli import main_as; main_as('convert')"
 LAYERS = 3
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals, links and limits")
 
@@ -375,9 +374,14 @@ def test_targets_that_cannot_be_written(tmp_path, source):  # C-14
 # ---- the command --------------------------------------------------------------------------------
 
 
+def process(code: str, *arguments: object, **options: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], **options)
+
+
 def run(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(command, [str(each) for each in arguments])
-    return result.exit_code, result.stdout, result.stderr
+    child = process(RUN, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    stdout, stderr = child.communicate()
+    return child.returncode, stdout, stderr
 
 
 @pytest.mark.parametrize(
@@ -391,7 +395,10 @@ def run(*arguments: object) -> tuple[int, str, str]:
     ],
 )
 def test_command(tmp_path, source, word, data_type):
-    assert run(source, tmp_path / "a.bin", *([word] if word else [])) == (0, "", "")
+    status, stdout, stderr = run(source, tmp_path / "a.bin", *([word] if word else []))
+    assert (status, stderr) == (0, "")
+    size = (tmp_path / "a.bin").stat().st_size
+    assert stdout == f"{tmp_path / 'a.bin'}: {size:,} bytes, 3 layers of 32, vocabulary of 50\n"
     convert(source, tmp_path / "b.bin", data_type)
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
@@ -426,14 +433,10 @@ def test_command_errors(tmp_path, source):
 def test_help_has_an_example():
     status, stdout, _ = run("--help")
     assert status == 0
-    assert "  rwkv convert RWKV-4-Pile-169M.pth rwkv-169m.bin float16\n" in stdout
+    assert "rwkv convert RWKV-4-Pile-169M-20220807-8023.pth rwkv-169M.bin float16\n" in stdout
 
 
 # ---- in a process of its own --------------------------------------------------------------------
-
-
-def process(code: str, *arguments: object, **options: object) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], **options)
 
 
 def test_without_torch(tmp_path, source):  # C-19
@@ -443,12 +446,13 @@ def test_without_torch(tmp_path, source):  # C-19
 
 @posix
 @pytest.mark.parametrize(
-    "shell", [">&-", ">/dev/full", "2>&-", "</dev/null >&- 2>&-", "2>/dev/full"]
+    ("shell", "code"),
+    [(">&-", 0), ("2>&-", 0), ("</dev/null >&- 2>&-", 0), ("2>/dev/full", 0), (">/dev/full", 1)],
 )
-def test_closed_outputs(tmp_path, source, shell):  # C-20
+def test_closed_outputs(tmp_path, source, shell, code):  # C-20
     line = f'LC_ALL=C exec "$0" -c "$1" "$2" "$3" {shell}'
     arguments = [sys.executable, RUN, source, tmp_path / "a.bin"]
-    assert subprocess.run(["sh", "-c", line, *map(str, arguments)]).returncode == 0
+    assert subprocess.run(["sh", "-c", line, *map(str, arguments)]).returncode == code
     convert(source, tmp_path / "b.bin")
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
@@ -468,7 +472,8 @@ def test_a_full_disk(tmp_path, source, limit):  # C-15: a file size limit stands
 
 
 # Stops before the file is complete, until a signal comes.
-WAIT = """
+WAIT = (
+    """
 import time
 from rwkv_cpp import convert
 from pathlib import Path
@@ -479,8 +484,9 @@ def pause(array, *more, half=convert._half):
         time.sleep(60)
     return half(array, *more)
 convert._half = pause
-convert.command()
 """
+    + RUN
+)
 
 
 @posix
@@ -494,7 +500,7 @@ def test_signals(tmp_path, source, number, code):  # C-15
         assert child.poll() is None
         time.sleep(0.01)
     child.send_signal(number)
-    assert child.communicate(timeout=10)[1] == b""
+    assert child.communicate(timeout=10)[1].strip() == b""
     assert child.returncode == code
     assert [entry.name for entry in target.parent.iterdir()] == ["model.bin.ready"]
 

@@ -2,16 +2,16 @@
 
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import click
 import numpy as np
+from tqdm import tqdm
 
 from .atomic import refuse_same_file
 from .checkpoint import open_checkpoint, write_safetensors
-from .errors import RWKVError, RWKVFileError
+from .errors import RWKVFileError
 from .ggmf import DTYPES, FP16, FP32, Header, Writer
 
 FILE_VERSION = 101
@@ -236,7 +236,7 @@ def _half(where: str, array: np.ndarray, clamp: bool) -> np.ndarray:
     return half
 
 
-@click.command(name="convert")
+@click.command()
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DEST", type=click.Path(path_type=Path))
 @click.argument(
@@ -247,45 +247,35 @@ def _half(where: str, array: np.ndarray, clamp: bool) -> np.ndarray:
 )
 @click.option("--key", metavar="NAME", help="Which dictionary or prefix of SRC has the weights.")
 @click.option("--clamp", is_flag=True, help="Clamp values beyond the range of FP16.")
-@click.option("--allow-nan", is_flag=True, help="Keep NaN and infinities instead of failing.")
+@click.option("--allow-nan", is_flag=True, help="Pass NaN and infinite weights on.")
 def command(
     source: Path, target: Path, data_type: str, key: str | None, clamp: bool, allow_nan: bool
 ) -> None:
-    """Convert a PyTorch (.pth) or safetensors checkpoint of RWKV-4 to a model file.
+    """Convert a checkpoint of RWKV-4 to a model file.
 
-    FORMAT is float16 (the default) or float32. If DEST ends in .safetensors it is written in that
-    format instead, and can be converted again.
+    SRC is a PyTorch (.pth) or a safetensors checkpoint. FORMAT is float16 (the default) or float32.
+    A DEST that ends in .safetensors is written in that format and can be converted again. DEST
+    appears, or replaces an older file, only when it is complete.
 
     \b
-    Example:
-      rwkv convert RWKV-4-Pile-169M.pth rwkv-169m.bin float16
+    rwkv convert RWKV-4-Pile-169M-20220807-8023.pth rwkv-169M.bin float16
     """
-    from tqdm import tqdm
+    with tqdm(unit=" weights", unit_scale=True, disable=None) as bar:
 
-    name = data_type.upper().replace("FLOAT", "FP")
-    try:
-        # Without a terminal, or without stderr at all, there is nobody to show progress to.
-        quiet = sys.stderr is None or not sys.stderr.isatty()
-        with tqdm(desc=target.name, unit="elem", unit_scale=True, disable=quiet) as bar:
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            convert(
-                source,
-                target,
-                name,
-                key=key,
-                clamp=clamp,
-                allow_nan=allow_nan,
-                progress=progress,
-            )
-    except OSError as error:
-        click.echo(f"error: {error.filename}: {error.strerror}", err=True)
-        sys.exit(1)
-    except (RWKVError, ValueError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        header = convert(
+            source,
+            target,
+            data_type.upper().replace("FLOAT", "FP"),
+            key=key,
+            clamp=clamp,
+            allow_nan=allow_nan,
+            progress=progress,
+        )
+    click.echo(
+        f"{target}: {target.stat().st_size:,} bytes, {header.n_layer} layers of {header.n_embed}, "
+        f"vocabulary of {header.n_vocab}"
+    )
