@@ -33,12 +33,12 @@ enum { DEFAULT_CONTROL = 0 };
 
 #endif
 
-/* fesetround also reaches registers that set_control does not know (x87). The order matters where
- * both mean the same register. */
+/* fesetround also reaches registers that set_control does not know (x87). Where both mean the same
+ * register, set_control has the first look at it and the last word. */
 uint64_t ggml_fp_enter(void) {
     int rounding = fegetround();
-    if (rounding != FE_TONEAREST) fesetround(FE_TONEAREST);
     uint32_t saved = set_control(DEFAULT_CONTROL);
+    if (rounding != FE_TONEAREST) fesetround(FE_TONEAREST);
     return (uint64_t)(uint32_t)rounding << 32 | saved;
 }
 
