@@ -128,9 +128,8 @@ def test_network_is_rwkv_4_and_carries_its_past_over_any_cut() -> None:
 def run(text: Path, target: Path, settings: Settings, stop_at: int = -1, **options) -> Progress:
     """A run to its end, or to a stop after `stop_at` steps of it."""
     steps = []
-    checkpoint = target.with_suffix(".checkpoint")
     for progress in train(
-        text, target, checkpoint, settings, should_stop=lambda: len(steps) == stop_at, **options
+        text, target, settings, should_stop=lambda: len(steps) == stop_at, **options
     ):
         steps.append(progress.step)
     return progress
@@ -272,7 +271,7 @@ def test_signal_leaves_a_checkpoint(
         (b"", [], "training part has 0 bytes, one sequence needs 257"),
         (b"x" * 200, [], "training part has 180 bytes, one sequence needs 257"),
         (b"x" * 2000, [], "held-out part has 200 bytes, one sequence needs 257"),
-        (b"x" * 3000, ["--resume"], "out.checkpoint"),
+        (b"x" * 3000, ["--resume"], "out.checkpoint: No such file or directory"),
         (b"x" * 3000, ["--steps", "0"], "--steps"),
         (b"x" * 3000, ["--learning-rate", "0"], "--learning-rate"),
         (b"x" * 3000, ["--dropout", "1"], "--dropout"),
@@ -296,11 +295,18 @@ def test_command_errors(
 
 
 def test_command_refuses_to_overwrite_its_text(text: Path, rwkv_train) -> None:
-    content = text.read_bytes()
-    code, output = rwkv_train(text, text)
+    named_like_a_model = text.rename(text.with_suffix(".pth"))
+    content = named_like_a_model.read_bytes()
+    code, output = rwkv_train(named_like_a_model, named_like_a_model)
     assert code == 1
     assert "same file" in output
-    assert text.read_bytes() == content
+    assert named_like_a_model.read_bytes() == content
+
+
+def test_command_wants_a_pth_file(text: Path, rwkv_train) -> None:
+    code, output = rwkv_train(text, text.with_suffix(".checkpoint"))
+    assert code == 1
+    assert "expected a name that ends in .pth" in output
 
 
 def test_missing_torch_is_named(text: Path, rwkv_train, monkeypatch: pytest.MonkeyPatch) -> None:

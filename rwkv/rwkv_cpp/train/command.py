@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from ..atomic import refuse_same_file
 from ..errors import RWKVError
 
 FILE = click.Path(path_type=Path)
@@ -15,7 +14,7 @@ COUNT = click.IntRange(min=1)
 FRACTION = click.FloatRange(0, 1, max_open=True)
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("text", type=FILE)
 @click.argument("target", metavar="OUT.pth", type=FILE)
 @click.option("--n-layer", type=COUNT, default=5, help="Layers of the model.")
@@ -40,7 +39,6 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
     help="Of the matrix products; auto: bfloat16 where this CPU is faster with it.",
 )
 @click.option("--threads", type=COUNT, help="CPU threads.  [default: all cores]")
-@click.option("--checkpoint", type=FILE, help="[default: OUT.checkpoint]")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of an unfinished run.")
 @click.pass_context
 def command(
@@ -48,7 +46,6 @@ def command(
     text: Path,
     target: Path,
     threads: int | None,
-    checkpoint: Path | None,
     resume: bool,
     **options: int | float | str,
 ) -> None:
@@ -74,7 +71,6 @@ def command(
 
     if threads:
         torch.set_num_threads(threads)
-    checkpoint = checkpoint or target.with_suffix(".checkpoint")
     settings = Settings(**options)
     stopped_by: list[int] = []
 
@@ -82,19 +78,12 @@ def command(
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
         stopped_by.append(number)
 
-    refuse_same_file(text, target)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=settings.steps, unit="step", disable=None)
     try:
-        run = train(
-            text,
-            target,
-            checkpoint,
-            settings,
-            resume=resume,
-            should_stop=lambda: bool(stopped_by),
-        )
-        for progress in run:
+        for progress in train(
+            text, target, settings, resume=resume, should_stop=lambda: bool(stopped_by)
+        ):
             bar.update(progress.step - bar.n)
             bar.set_postfix(loss=f"{progress.train[progress.step - 1]:.3f}")
             if progress.step in progress.held_out:
@@ -105,7 +94,7 @@ def command(
                         f"{progress.seconds:.0f} s ({progress.cpu_seconds:.0f} s of CPU)"
                     )
         if not progress.finished:
-            click.echo(f"stopped; go on with --resume (checkpoint: {checkpoint})", err=True)
+            click.echo("stopped, --resume goes on", err=True)
             context.exit(128 + stopped_by[0])
         draw_curve(target.with_suffix(".png"), progress.train, progress.held_out)
     finally:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..atomic import replacing
+from ..atomic import refuse_same_file, replacing
 from ..errors import RWKVError, RWKVFileError
 from .network import Network
 
@@ -25,6 +25,7 @@ N_VOCAB = 256  # tokens are bytes
 HELD_OUT = 0.1  # the last part of the text, never trained on
 EVALUATIONS = 20  # held-out losses in a run, evenly spread
 STREAMS = 32  # the held-out text is read as that many texts at once (the last loss: as one)
+CHECKPOINT_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Settings:
 
 @dataclass
 class Progress:
-    """Where a run stands: losses in nats per byte, keyed by the steps done before."""
+    """Where a run stands; losses are in nats per byte, keyed by the steps done before."""
 
     step: int
     train: dict[int, float]
@@ -120,7 +121,9 @@ class Trainer:
     def __init__(self, text: Path, settings: Settings) -> None:
         self.settings = settings
         self.train_data, self.held_out_data = read_text(text, settings.sequence)
-        self.text_hash = hashlib.sha256(text.read_bytes()).hexdigest()
+        text_hash = hashlib.sha256(self.train_data.numpy())
+        text_hash.update(self.held_out_data.numpy())
+        self.text_hash = text_hash.hexdigest()
         torch.manual_seed(settings.seed)
         shape = (N_VOCAB, settings.n_layer, settings.n_embed)
         self.network = Network(*shape, settings.dropout)
@@ -190,8 +193,10 @@ class Trainer:
         try:
             saved = torch.load(path, weights_only=True)
             settings, text = saved["settings"], saved["text"]
-        except Exception as error:
-            raise RWKVFileError(f"{path}: not a checkpoint of a training run ({error})") from error
+        except OSError:
+            raise
+        except Exception as error:  # torch has many for a file that is damaged or of another kind
+            raise RWKVFileError(f"{path}: not a checkpoint of a training run") from error
         for name, value in asdict(self.settings).items():
             if settings.get(name) != value:
                 raise RWKVFileError(
@@ -215,18 +220,24 @@ class Trainer:
 def train(
     text: Path,
     target: Path,
-    checkpoint: Path,
     settings: Settings,
     *,
     resume: bool = False,
-    checkpoint_every: float = 60.0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress]:
-    """Train on `text` and write `target`, yielding after each step.
+    """Train on `text` and write `target`, a name that ends in .pth, yielding after each step.
 
-    `checkpoint` is written every `checkpoint_every` seconds and when `should_stop()` says so, and
-    removed when `target` is complete. With `resume` the run goes on from it.
+    A checkpoint beside `target`, with the suffix .checkpoint, is written every minute and when
+    `should_stop()` says so, and removed when `target` is complete. With `resume` the run goes on
+    from it.
+
+    Raises RWKVFileError for a text that is too short or a checkpoint of another run, ValueError for
+    another suffix, RWKVError when the loss is not finite any more.
     """
+    if target.suffix != ".pth":
+        raise ValueError(f"{target}: expected a name that ends in .pth")
+    refuse_same_file(text, target)
+    checkpoint = target.with_suffix(".checkpoint")
     trainer = Trainer(text, settings)
     if resume:
         trainer.load_checkpoint(checkpoint)
@@ -245,7 +256,7 @@ def train(
         progress.cpu_seconds += cpu_now - cpu_clock
         clock, cpu_clock = now, cpu_now
         stop = should_stop()
-        if stop or now - saved > checkpoint_every:
+        if stop or now - saved > CHECKPOINT_SECONDS:
             trainer.save_checkpoint(checkpoint)
             saved = now
         yield progress
