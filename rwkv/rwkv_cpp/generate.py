@@ -41,14 +41,14 @@ def generate(
     logits, state = model.eval_sequence(
         tokenizer.encode(prompt) or [first_token(tokenizer)], state_in=None
     )
-    for i in range(max_tokens):
-        if i > 0:
-            model.eval(token, state, state, logits)
+    for left in reversed(range(max_tokens)):
         token = sample_logits(logits, temperature, top_p, logit_bias, random)
         if ends_text(tokenizer, token):
             break
         if text := decoder.feed(token):
             yield text
+        if left > 0:
+            model.eval(token, state, state, logits)
     if text := decoder.flush():
         yield text
 

@@ -1,0 +1,140 @@
+"""Who may know whom: what is included and imported, floor by floor, and what leaves the library."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rwkv_cpp import load_rwkv_shared_library
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rwkv" / "rwkv_cpp"
+GGML = sorted(path for path in (ROOT / "ggml").iterdir() if path.suffix in (".c", ".cpp", ".h"))
+CORE = sorted([*ROOT.glob("*.cpp"), *ROOT.glob("*.h")])
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# A module imports only from floors below its own; a new one gets its place here.
+FLOORS = [
+    {"errors"},
+    {"archive", "atomic", "library", "pickles", "sampling"},
+    {"ggmf", "model", "tokenizer"},
+    {"checkpoint"},
+    {"convert", "generate", "info", "perplexity", "quantize", "train"},
+    {"cli"},
+]
+ONLY_IN = {
+    "ctypes": {"library"},
+    "torch": {"train"},
+    "matplotlib": {"train"},
+    "tokenizers": {"tokenizer"},
+    "huggingface_hub": {"tokenizer"},
+    "pickle": set(),
+}
+
+
+def code(path: Path) -> str:
+    """C without its comments."""
+    return re.sub(r"/\*.*?\*/|//[^\n]*", "", path.read_text("utf-8"), flags=re.S)
+
+
+def includes(path: Path) -> set[str]:
+    """Headers of our own."""
+    return {Path(name).name for name in re.findall(r'#\s*include\s+"(.*?)"', code(path))}
+
+
+# ---- C ----
+
+
+@pytest.mark.parametrize("path", GGML, ids=lambda path: path.name)
+def test_ggml_knows_no_model(path):
+    assert not re.search(r"rwkv|n_layer|n_vocab|n_embed|token", code(path), re.IGNORECASE)
+    assert includes(path) <= {other.name for other in GGML}
+
+
+@pytest.mark.parametrize("path", GGML, ids=lambda path: path.name)
+def test_instructions_of_one_kind_of_cpu_stay_in_its_kernels(path):
+    if not path.name.startswith("kernels_"):
+        assert not re.search(r"\b_mm(256|512)|\bv(ld1|fma|dot)q", code(path))
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
+def test_core_sees_ggml_through_its_door(path):
+    doors = {"rwkv.cpp": {"ggml.h"}}.get(path.name, set())
+    assert includes(path) <= {"rwkv.h", "file.h", "error.h"} | doors
+    text = code(path)
+    assert not re.search(r"\bblock_q\d|_mm\d*_|__(AVX|SSE|ARM|x86_64|aarch64)", text)
+    assert not re.search(r"\b(abort|exit|assert)\s*\(", text)
+
+
+def test_header_needs_nothing_else():
+    headers = re.findall(r"#\s*include\s*(\S+)", code(ROOT / "rwkv.h"))
+    assert headers == ["<stdbool.h>", "<stddef.h>", "<stdint.h>"]
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("nm"), reason="needs nm and an ELF library"
+)
+def test_only_the_api_leaves_the_library():
+    path = load_rwkv_shared_library().path
+    table = subprocess.run(
+        ["nm", "-D", "--defined-only", path], check=True, capture_output=True, text=True
+    ).stdout
+    symbols = {line.split()[-1] for line in table.splitlines()}
+    header = (ROOT / "rwkv.h").read_text("utf-8")
+    assert symbols == set(re.findall(r"RWKV_API [^;(]*?(rwkv_\w+)\(", header))
+
+
+# ---- Python ----
+
+
+def module_name(path: Path) -> str:
+    """The name on a floor: a package inside ours has one place."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """(modules of ours, top-level packages of others)."""
+    ours, others = set(), set()
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            others.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.ImportFrom) and node.level == depth:
+            ours |= {node.module} if node.module else {alias.name for alias in node.names}
+    return ours - {"__version__"}, others
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_import_from_below(path):
+    name = module_name(path)
+    ours, others = imports(path)
+    assert "rwkv_cpp" not in others  # the package's own modules are imported relatively
+    if name != "__init__":
+        (floor,) = [i for i, names in enumerate(FLOORS) if name in names]
+        assert ours <= set().union(*FLOORS[:floor])
+    for package, homes in ONLY_IN.items():
+        assert package not in others or name in homes
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_a_library_does_not_do(path):
+    """No assert that -O takes away, nothing that runs a file's content, no printing."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        assert not isinstance(node, ast.Assert), f"assert in line {node.lineno}"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"eval", "exec", "print", "pickle.load", "pickle.loads"}, called
+            if called == "torch.load":
+                assert "weights_only=True" in ast.unparse(node)
+
+
+def test_entry_points_hold_no_logic():
+    for path in (ROOT / "rwkv").glob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        assert len(tree.body) <= 4, path.name
+        assert not any(isinstance(node, ast.FunctionDef) for node in ast.walk(tree)), path.name

@@ -1,0 +1,158 @@
+"""quantize.py: the command over rwkv_quantize_file. Blocks by themselves are in test_quantize.c."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from commands import CONSOLE, environment, rwkv
+from models import random_model, read_model, write_model
+from reference import quants
+from rwkv_cpp import RWKVFileError
+from rwkv_cpp.quantize import quantize_file
+
+NAMES = [name for name in quants.TYPE_IDS if name not in quants.PLAIN]
+NEWEST = {name: 101 if (101, name) in quants.LAYOUTS else 100 for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return random_model(3, n_vocab=50, n_embed=64, n_layer=2, n_ffn=160)
+
+
+@pytest.fixture
+def source(tmp_path, tensors):
+    path = tmp_path / "source.bin"
+    write_model(path, tensors, "FP32")
+    return path
+
+
+@pytest.mark.parametrize("plain", quants.PLAIN)
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_are_the_references(tmp_path, tensors, plain, name):
+    source, target, expected = tmp_path / "source", tmp_path / "target", tmp_path / "expected"
+    write_model(source, tensors, plain)
+    if plain == "FP16":
+        tensors = {
+            key: value if value.ndim == 1 else value.astype(np.float16).astype(np.float32)
+            for key, value in tensors.items()
+        }
+    for version in (0, 100, 101):
+        if (version or NEWEST[name], name) not in quants.LAYOUTS:
+            with pytest.raises(ValueError, match=name):
+                quantize_file(source, target, name, file_version=version)
+            continue
+        quantize_file(source, target, name, file_version=version)
+        write_model(expected, tensors, name, version or NEWEST[name], table_type=plain)
+        assert target.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("number", range(2, 10))
+def test_formats_by_number_and_in_any_case(tmp_path, source, number):
+    name = quants.TYPE_NAMES[number]
+    for text in (name, name.lower(), str(number)):
+        quantize_file(source, tmp_path / text, text)
+        assert (tmp_path / text).read_bytes() == (tmp_path / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Q9_9", "0", "1", "10", "16", "-1", "2147483648", "²", "FP16"]
+)
+def test_unknown_format(tmp_path, source, text):
+    """Q-07"""
+    with pytest.raises(ValueError, match="Q4_1_O"):
+        quantize_file(source, tmp_path / "target.bin", text)
+    assert os.listdir(tmp_path) == ["source.bin"]
+
+
+def test_same_file(tmp_path, source):
+    """Q-01"""
+    before = source.read_bytes()
+    (tmp_path / "symbolic.bin").symlink_to(source)
+    os.link(source, tmp_path / "hard.bin")
+    for target in ("source.bin", "../" + tmp_path.name + "/source.bin", "symbolic.bin", "hard.bin"):
+        with pytest.raises(ValueError, match="same file"):
+            quantize_file(source, tmp_path / target, "Q8_0")
+    assert source.read_bytes() == before
+
+
+def test_older_file_survives_a_failure(tmp_path, source, tensors):
+    """Q-02, Q-06, Q-08, Q-09"""
+    target = tmp_path / "target.bin"
+    target.write_bytes(b"precious")
+    quantized, truncated, infinite = (tmp_path / name for name in ("q.bin", "t.bin", "i.bin"))
+    quantize_file(source, quantized, "Q5_1")
+    truncated.write_bytes(source.read_bytes()[:-100])
+    tensors = {key: value.copy() for key, value in tensors.items()}
+    tensors["blocks.1.ffn.key.weight"][3, 5] = np.inf
+    write_model(infinite, tensors)
+    for path, text in (
+        (quantized, "already Q5_1"),
+        (truncated, "head.weight"),
+        (infinite, r"blocks\.1\.ffn\.key\.weight"),
+        (tmp_path / "missing.bin", "missing.bin"),
+        (tmp_path, str(tmp_path)),
+    ):
+        with pytest.raises(RWKVFileError, match=text):
+            quantize_file(path, target, "Q5_1")
+        assert target.read_bytes() == b"precious"
+    assert len(os.listdir(tmp_path)) == 5  # and no temporary file
+    quantize_file(infinite, target, "Q8_0", allow_nan=True)
+    assert read_model(target).keys() == tensors.keys()
+
+
+def test_target_that_cannot_be_written(tmp_path, source):
+    """Q-12"""
+    for target in (tmp_path, tmp_path / "missing" / "target.bin", tmp_path / ("x" * 300)):
+        with pytest.raises(RWKVFileError):
+            quantize_file(source, target, "Q8_0")
+    assert os.listdir(tmp_path) == ["source.bin"]
+
+
+def test_progress_is_over_the_source(tmp_path, source):
+    calls = []
+    quantize_file(source, tmp_path / "t", "Q8_0", progress=lambda *call: calls.append(call))
+    assert calls == sorted(calls)
+    assert calls[-1] == (source.stat().st_size,) * 2
+
+
+def test_command(tmp_path, source):
+    target = tmp_path / "target.bin"
+    done = rwkv("quantize", source, target, "q4_1", "--file-version", "100")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{target.stat().st_size:,} bytes" in done.stdout
+    assert read_model(target)["blocks.0.att.key.weight"].version == 100
+    done = rwkv("quantize", source, target, "Q4_9")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: unknown format 'Q4_9' (choose from Q4_0, ")
+    assert done.stderr.count("\n") == 1
+    help_text = " ".join(rwkv("quantize", "--help").stdout.split())
+    assert ", ".join(NAMES[:-1]) + f" or {NAMES[-1]}" in help_text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals there")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_nothing(tmp_path, number, code):
+    """Q-05"""
+    source, target = tmp_path / "source.bin", tmp_path / "target.bin"
+    write_model(source, random_model(1, n_vocab=50, n_embed=1024, n_layer=5, n_ffn=4096), "FP16")
+    process = subprocess.Popen(
+        [*CONSOLE, "quantize", source, target, "Q4_2"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while len(os.listdir(tmp_path)) == 1:
+        time.sleep(0.001)
+    assert process.poll() is None
+    began = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert time.monotonic() - began < 1
+    assert process.returncode == code
+    assert (out.strip(), err.strip()) == (b"", b"")
+    assert os.listdir(tmp_path) == ["source.bin"]
