@@ -241,23 +241,24 @@ def test_names_with_a_prefix(refused, tmp_path):  # C-07
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_another_shape(refused, key):  # C-09
-    values = TRAINED[key]
-    shape = values.shape
-    longer = np.concatenate([values, values[..., :1]], axis=-1)
-    shapes = [
-        longer,
-        values[None],
-        values[..., None],
-        values.reshape(-1)[:0],
-        values.reshape(-1)[0],
-    ]
-    if values.ndim == 2:
-        shapes += [values[:-1], values.reshape(-1)]
-    if values.ndim == 2 and shape[0] != shape[1]:
-        shapes.append(values.T)
-    for wrong in shapes:
-        refused(TRAINED | {key: np.asarray(wrong)}, " is .*, expected ")
+def test_another_shape(key):  # C-09
+    right = {name: values.shape for name, values in TRAINED.items()}
+    assert check_tensors(right) == (50, 32, 3)
+    shape = right[key]
+    last = shape[-1]
+    wrong = [(*shape[:-1], last + 1), (1, *shape), (*shape, 1), (0,), (), (*shape[:-1], 0)]
+    if len(shape) == 2:
+        wrong += [(shape[0] - 1, last), (shape[0] * last,), (1, 1, last)]
+        wrong += [(last, shape[0])] if last != shape[0] else []
+    for other in wrong:
+        with pytest.raises(ValueError, match=r"'[a-z0-9_.]+' is .*, expected "):
+            check_tensors(right | {key: other})
+
+
+def test_a_wrong_shape_in_a_file(refused):  # C-09
+    refused(
+        TRAINED | {"head.weight": TRAINED["head.weight"].T}, "'head.weight' is 32 x 50, expected 50"
+    )
 
 
 def test_widths_of_channel_mixing_that_differ(refused):  # C-09

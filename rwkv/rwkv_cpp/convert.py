@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .atomic import refuse_same_file
 from .checkpoint import open_checkpoint, write_safetensors
 from .errors import RWKVFileError
-from .ggmf import DTYPES, FP16, FP32, Header, Writer
+from .ggmf import DTYPES, FP16, FP32, LIMITS, Header, Writer
 
 FILE_VERSION = 101
 DATA_TYPES = {"FP32": FP32, "FP16": FP16}
@@ -61,7 +61,6 @@ _FOREIGN = (
     (r"\bhead_[qk]\b", "RWKV-4 with a copying head (head_qk)"),
 )
 _BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
-_MAX_LAYER = 1024
 
 
 def convert(
@@ -147,8 +146,8 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]
         raise ValueError(f"'emb.weight' is missing; {_what_there_is(shapes)}")
     present = {int(match[1]) for name in shapes if (match := _BLOCK.match(name))}
     n_layer = max(present, default=0) + 1
-    if n_layer > _MAX_LAYER:
-        raise ValueError(f"{n_layer} layers, expected at most {_MAX_LAYER}")
+    if n_layer > LIMITS["n_layer"]:
+        raise ValueError(f"{n_layer} layers, expected at most {LIMITS['n_layer']}")
 
     tensors = TENSORS | {
         f"blocks.{i}.{name}": letters
@@ -222,10 +221,11 @@ def _half(where: str, array: np.ndarray, clamp: bool) -> np.ndarray:
     """Round to float16, to nearest even."""
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
-    if math.isfinite(half.min()) and math.isfinite(half.max()):
+    # From 65520 on, half way to the next power of two, numbers round to infinity.
+    if array.min() > -65520 and array.max() < 65520:
         return half
     beyond = np.isinf(half) & np.isfinite(array)
-    largest = np.finfo(np.float16).max
+    largest = 65504
     count = np.count_nonzero(beyond)
     if count and not clamp:
         raise RWKVFileError(

@@ -28,7 +28,7 @@ _HEADER = struct.Struct("<6i")
 _RECORD = struct.Struct("<3i")
 _KEY = re.compile(rb"[A-Za-z0-9_.]{1,255}")
 _MAX_DIMENSION = 1 << 20
-_LIMITS = {"n_vocab": 1 << 20, "n_embed": 1 << 16, "n_layer": 1 << 10}
+LIMITS = {"n_vocab": 1 << 20, "n_embed": 1 << 16, "n_layer": 1 << 10}
 
 # What a file that is not the expected one may be: (offset, bytes that stand there, its name).
 _SIGNATURES = (
@@ -209,7 +209,7 @@ def _check_header(where: str, header: Header) -> None:
     """Raise ValueError for a version or a size that no model has."""
     if header.version not in VERSIONS:
         raise ValueError(f"{where}: version {header.version} of the file, expected 100 or 101")
-    for name, limit in _LIMITS.items():
+    for name, limit in LIMITS.items():
         value = getattr(header, name)
         if not 1 <= value <= limit:
             raise ValueError(f"{where}: {name} is {value}, expected 1 to {limit}")
