@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <random>
 
 #include <fcntl.h>
@@ -19,6 +20,7 @@
 #include <windows.h>
 #else
 #include <csignal>
+#include <dirent.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -76,6 +78,11 @@ static bool process_runs(unsigned long id) {
     CloseHandle(process);
     return runs;
 }
+
+// A folder that can't be listed has no names.
+template <class F> static void each_name(const fs::path & folder, F f) try {
+    for (const auto & entry : fs::directory_iterator(folder)) f(entry.path().filename().u8string());
+} catch (const fs::filesystem_error &) {}
 
 static const void * map(int fd, uint64_t) {
     const HANDLE file = (HANDLE)_get_osfhandle(fd);
@@ -143,6 +150,17 @@ static unsigned long process_id() {
 }
 static bool process_runs(unsigned long id) {
     return kill((pid_t)id, 0) == 0 || errno != ESRCH;
+}
+
+// A folder that can't be listed has no names. (GNU's directory_iterator ends the process if memory
+// runs out.)
+template <class F> static void each_name(const fs::path & folder, F f) {
+    const std::unique_ptr<DIR, int (*)(DIR *)> names(opendir(folder.c_str()), closedir);
+    while (names != nullptr) {
+        const dirent * entry = readdir(names.get());
+        if (entry == nullptr) return;
+        f(entry->d_name);
+    }
 }
 
 static const void * map(int fd, uint64_t size) {
@@ -237,11 +255,10 @@ static bool is_stale(const std::string & name, const std::string & target) {
 }
 
 static void remove_stale(const fs::path & folder, const std::string & target) {
-    std::error_code error;  // a folder that can't be listed has nothing to tidy up
-    for (fs::directory_iterator it(folder, error), end; !error && it != end; it.increment(error)) {
+    os::each_name(folder, [&](const std::string & name) {
         std::error_code ignored;
-        if (is_stale(it->path().filename().u8string(), target)) fs::remove(it->path(), ignored);
-    }
+        if (is_stale(name, target)) fs::remove(folder / os::path(name), ignored);
+    });
 }
 
 static fs::path folder_of(const fs::path & file) {

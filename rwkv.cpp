@@ -192,10 +192,11 @@ ggml_type read_type(const std::string & where, uint32_t version, int32_t id) {
 }
 
 // `value` is negative if it is a large size_t, too.
-size_t check_dimension(const Index & index, const char * name, int64_t value, size_t limit) {
+size_t check_dimension(const Index & index, int category, const char * name, int64_t value,
+                       size_t limit) {
     if (value >= 1 && (uint64_t)value <= limit) return (size_t)value;
-    fail(RWKV_ERROR_FILE | RWKV_ERROR_DIMENSION, "%s: %s is %lld, expected 1 to %zu",
-         index.path.c_str(), name, (long long)value, limit);
+    fail(category | RWKV_ERROR_DIMENSION, "%s: %s is %lld, expected 1 to %zu", index.path.c_str(),
+         name, (long long)value, limit);
 }
 
 void read_header(const InputFile & file, Index & index) {
@@ -219,9 +220,9 @@ void read_header(const InputFile & file, Index & index) {
              "%s: version of the file is %d, expected %d to %d (a newer library may read it)",
              file.path(), numbers[1], RWKV_FILE_VERSION_MIN, RWKV_FILE_VERSION_MAX);
     }
-    index.n_vocab = check_dimension(index, "n_vocab", numbers[2], max_vocab);
-    index.n_embed = check_dimension(index, "n_embed", numbers[3], max_embed);
-    index.n_layer = check_dimension(index, "n_layer", numbers[4], max_layers);
+    index.n_vocab = check_dimension(index, RWKV_ERROR_FILE, "n_vocab", numbers[2], max_vocab);
+    index.n_embed = check_dimension(index, RWKV_ERROR_FILE, "n_embed", numbers[3], max_embed);
+    index.n_layer = check_dimension(index, RWKV_ERROR_FILE, "n_layer", numbers[4], max_layers);
     index.type = read_type(index.path + ": header", index.version, numbers[5]);
 }
 
@@ -531,9 +532,9 @@ void check_tensors(Index & index) {
 Index imagine_index(size_t n_vocab, size_t n_embed, size_t n_layer, ggml_type type) {
     Index index;
     index.path = "a model of this shape";
-    index.n_vocab = check_dimension(index, "n_vocab", n_vocab, max_vocab);
-    index.n_embed = check_dimension(index, "n_embed", n_embed, max_embed);
-    index.n_layer = check_dimension(index, "n_layer", n_layer, max_layers);
+    index.n_vocab = check_dimension(index, RWKV_ERROR_ARGS, "n_vocab", n_vocab, max_vocab);
+    index.n_embed = check_dimension(index, RWKV_ERROR_ARGS, "n_embed", n_embed, max_embed);
+    index.n_layer = check_dimension(index, RWKV_ERROR_ARGS, "n_layer", n_layer, max_layers);
     index.n_ffn = 4 * n_embed;
     index.size = header_size;
     if (ggml_type_traits(type)->quantized && n_embed % GGML_ROW_UNIT != 0) {
@@ -750,10 +751,12 @@ void pack(const Index & index, const InputFile & file, const Tensor & tensor, co
 std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & options,
                                   unsigned n_threads) {
     const auto model = std::make_shared<Model>();
+    const char * isa = std::getenv("RWKV_ISA");
     const char * reason = nullptr;
-    model->kernels = ggml_kernels_select(std::getenv("RWKV_ISA"), &reason);
-    if (model->kernels == nullptr)
-        fail(RWKV_ERROR_CTX | RWKV_ERROR_UNSUPPORTED, "RWKV_ISA: %s", reason);
+    model->kernels = ggml_kernels_select(isa, &reason);
+    if (model->kernels == nullptr) {
+        fail(RWKV_ERROR_CTX | RWKV_ERROR_UNSUPPORTED, "RWKV_ISA=%s: %s", isa, reason);
+    }
     model->pool = create_pool();
 
     const InputFile file(path);
