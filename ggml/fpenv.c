@@ -33,8 +33,8 @@ enum { DEFAULT_CONTROL = 0 };
 
 #endif
 
-/* fesetround also reaches a register that set_control does not (x87); what both reach is saved first
- * and restored last. */
+/* fesetround also reaches a register that set_control does not (x87); what both reach is saved
+ * first and restored last. */
 uint64_t ggml_fp_enter(void) {
     int rounding = fegetround();
     uint32_t saved = set_control(DEFAULT_CONTROL);

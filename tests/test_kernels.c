@@ -412,7 +412,8 @@ static void bench(const struct ggml_kernels * k, enum ggml_type type, size_t n) 
     float * y = (float *)allocate(n * ROWS * sizeof *y);
     for (size_t i = 0; i < copies; i++) memcpy(data + i * size, p.w.data, size);
     double best = 1e9;
-    for (int repetition = 0; repetition < 7; repetition++) {
+    double begin = now();
+    for (int repetition = 0; repetition < 7 && now() - begin < 2; repetition++) {
         double start = now();
         for (size_t i = 0; i < copies; i++) {
             p.w.data = data + i * size;
