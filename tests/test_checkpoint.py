@@ -232,6 +232,7 @@ def test_an_expanded_tensor_of_torch(torch, tmp_path):  # C-02
         open_checkpoint(tmp_path / "model.pth")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript(torch, tmp_path):  # C-06
     path = tmp_path / "model.pth"
     torch.jit.script(torch.nn.Linear(2, 2)).save(path)

@@ -50,7 +50,6 @@ _TYPES = (
     _Type("bool", 1, "BoolStorage", "BOOL"),
     _Type("complex64", 8, "ComplexFloatStorage", "C64"),
 )
-_TYPE_NAMED = {each.name: each for each in _TYPES}
 
 
 @dataclass(frozen=True)
