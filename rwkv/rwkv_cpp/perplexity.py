@@ -73,8 +73,7 @@ def measure(
         )
     began = time.perf_counter()
     chunk_size = min(max(_CHUNK_LOGITS // model.n_vocab, 16), 1024)
-    losses: list[float] = []
-    state = None
+    loss, n_scored, state = 0.0, 0, None
     for start in range(0, len(tokens), chunk_size):
         chunk = tokens[start : start + chunk_size]
         following = tokens[start + 1 : start + 1 + len(chunk)]
@@ -84,21 +83,28 @@ def measure(
         (result,) = model.eval_batch([RWKVSequence(chunk, state, n_logits=n_logits)])
         state = result.state
         if n_logits:
-            losses.extend(cross_entropy(result.logits, following[unscored:]))
+            # One row at a time stays in the cache. The last logits of all have no token to predict.
+            pairs = zip(result.logits, following[unscored:], strict=False)
+            losses = [cross_entropy(row, token) for row, token in pairs]
+            loss += math.fsum(losses)
+            n_scored += len(losses)
+            if not math.isfinite(loss):
+                raise NonFiniteLogits(
+                    f"logits hold NaN or infinity in the {len(chunk)} tokens from {start} on"
+                )
         if progress is not None:
-            progress(start + len(chunk), math.fsum(losses) / len(losses) if losses else math.nan)
-    loss = math.fsum(losses)
-    if not math.isfinite(loss):
-        raise NonFiniteLogits("the model's logits hold NaN or infinity")
+            progress(start + len(chunk), loss / n_scored if n_scored else math.nan)
     n_bytes = sum(len(tokenizer.token_bytes(token) or b"") for token in tokens[first:])
-    return Perplexity(len(tokens), len(losses), n_bytes, loss, time.perf_counter() - began)
+    return Perplexity(len(tokens), n_scored, n_bytes, loss, time.perf_counter() - began)
 
 
-def cross_entropy(logits: np.ndarray, targets: Sequence[int]) -> np.ndarray:
-    """-log of the probability of each target, in float64; rows of logits beyond are ignored."""
-    rows = logits[: len(targets)].astype(np.float64)
-    rows -= rows.max(axis=1, keepdims=True)
-    return np.log(np.exp(rows).sum(axis=1)) - rows[np.arange(len(targets)), targets]
+def cross_entropy(logits: np.ndarray, target: int) -> float:
+    """-log of the probability that a row of logits gives the target, in float64."""
+    row = logits.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # infinities become NaN
+        row -= row.max()
+    own = row[target]
+    return float(np.log(np.exp(row, out=row).sum()) - own)
 
 
 def read_text(path: Path) -> str:
