@@ -556,10 +556,18 @@ def test_free_waits_for_a_running_evaluation(path):
         model.eval(1, None)
 
 
-def on_signal(seconds, number):
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
-    timer.start()
-    return timer
+def signal_the_evaluation(model, number):
+    """Send a signal to this process soon after the model has begun to evaluate."""
+
+    def work():
+        while not model._lock.locked():
+            time.sleep(0.001)
+        time.sleep(0.1)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="os.kill sends no SIGINT there")
@@ -567,11 +575,11 @@ def test_keyboard_interrupt_ends_a_long_prompt(model, state):
     tokens = long_sequence(model, 5)
     state_out, logits_out = state.copy(), floats(N_VOCAB)
     began = time.perf_counter()
-    timer = on_signal(0.2, signal.SIGINT)
+    thread = signal_the_evaluation(model, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         model.eval_sequence(tokens, state_out, state_out, logits_out)
     assert time.perf_counter() - began < 2
-    timer.join()
+    thread.join()
     assert np.array_equal(state_out, state)
     assert not logits_out.any()
     model.eval(1, state)  # and the model is free for the next
@@ -582,12 +590,13 @@ def test_free_in_a_signal_handler_during_an_evaluation(model):
     def handler(number, frame):
         model.free()
 
+    tokens = long_sequence(model, 1)
     before = signal.signal(signal.SIGUSR1, handler)
     try:
-        timer = on_signal(0.2, signal.SIGUSR1)
+        thread = signal_the_evaluation(model, signal.SIGUSR1)
         with pytest.raises(RuntimeError, match="model is busy"):
-            model.eval_sequence(long_sequence(model, 2), None)
-        timer.join()
+            model.eval_sequence(tokens, None)
+        thread.join()
     finally:
         signal.signal(signal.SIGUSR1, before)
     model.eval(1, None)
