@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,6 +200,26 @@ def test_signals(path, number, code, when):
     assert process.wait(20) == code
     process.stdout.close()
     process.stderr.close()
+
+
+@pytest.mark.parametrize("n_vocab", [50277, 65536])
+def test_published_vocabularies(tmp_path, n_vocab):
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    name = {50277: "20B_tokenizer.json", 65536: "rwkv_vocab_v20230424.txt"}[n_vocab]
+    if not (folder / name).is_file():
+        pytest.skip(f"{folder / name} is absent")
+    path = tmp_path / "model.bin"
+    write_model(path, random_model(3, n_vocab, n_embed=32, n_layer=1))
+    found = environment(RWKV_HOME=str(folder))
+    done = rwkv("generate", "Hello world", "-m", path, "-n", 5, "--seed", 1, env=found)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Hello world")
+    given = rwkv(
+        *("generate", "Hello world", "-m", path, "-n", 5, "--seed", 1, "--vocab", folder / name)
+    )
+    assert given.stdout == done.stdout
+    done = rwkv("generate", "-m", path, "-n", 1, env=found)
+    assert done.stderr == "the prompt is empty: starting after token 0 (end of text)\n"
 
 
 def test_missing_vocabulary(tmp_path):

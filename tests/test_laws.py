@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rwkv_cpp
 from rwkv_cpp import load_rwkv_shared_library
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +132,15 @@ def test_what_a_library_does_not_do(path):
             assert called not in {"eval", "exec", "print", "pickle.load", "pickle.loads"}, called
             if called == "torch.load":
                 assert "weights_only=True" in ast.unparse(node)
+
+
+def test_public_names():
+    assert sorted(rwkv_cpp.__all__) == sorted(rwkv_cpp._HOMES)
+    for name in rwkv_cpp.__all__:
+        assert getattr(rwkv_cpp, name).__name__ == name
+        assert name in dir(rwkv_cpp)
+    with pytest.raises(AttributeError, match="nonsense"):
+        rwkv_cpp.nonsense  # noqa: B018
 
 
 def test_entry_points_hold_no_logic():

@@ -200,18 +200,10 @@ class RWKVModel:
         Raises ValueError for an array of another shape or type, TypeError for what is no array.
         """
         with self._using() as context:
-            arrays = _Arrays(use_numpy, state_in, state_out, logits_out)
-            state_in = arrays.source("state_in", state_in, self._n_state)
-            state_out = arrays.target("state_out", state_out, (self._n_state,))
-            logits_out = arrays.target("logits_out", logits_out, (self._n_vocab,))
-            self._library.rwkv_eval(
-                context,
-                as_integer(token, "token", 0, self._n_vocab - 1),
-                _address(state_in),
-                _address(state_out),
-                _address(logits_out),
-            )
-            return arrays.result(logits_out), arrays.result(state_out)
+            arrays = self._arrays((self._n_vocab,), state_in, state_out, logits_out, use_numpy)
+            token = as_integer(token, "token", 0, self._n_vocab - 1)
+            self._library.rwkv_eval(context, token, *arrays.addresses())
+            return arrays.results()
 
     def eval_sequence(
         self,
@@ -251,16 +243,13 @@ class RWKVModel:
     ) -> tuple[Array, Array]:
         values = self._tokens(tokens)
         with self._using() as context:
-            arrays = _Arrays(use_numpy, state_in, state_out, logits_out)
-            state_in = arrays.source("state_in", state_in, self._n_state)
-            state_out = arrays.target("state_out", state_out, (self._n_state,))
-            logits_out = arrays.target("logits_out", logits_out, (self._n_vocab,))
-            addresses = _address(state_in), _address(state_out), _address(logits_out)
+            arrays = self._arrays((self._n_vocab,), state_in, state_out, logits_out, use_numpy)
+            addresses = arrays.addresses()
             if chunk_size is None:
                 self._library.rwkv_eval_sequence(context, values, *addresses)
             else:
                 self._library.rwkv_eval_sequence_in_chunks(context, values, chunk_size, *addresses)
-            return arrays.result(logits_out), arrays.result(state_out)
+            return arrays.results()
 
     def eval_batch(self, sequences: Iterable[RWKVSequence]) -> list[RWKVResult]:
         """Evaluate independent sequences of any lengths together; return their results in order.
@@ -273,42 +262,41 @@ class RWKVModel:
         with self._using() as context:
             prepared = [self._prepare(*pair) for pair in zip(sequences, tokens, strict=True)]
             self._library.rwkv_eval_batch(context, [struct for struct, _, _ in prepared])
-            return [
-                RWKVResult(
-                    **{
-                        name: None if target is None else arrays.result(target)
-                        for name, target in targets.items()
-                    }
-                )
-                for _, arrays, targets in prepared
-            ]
+        results = []
+        for _, arrays, hidden in prepared:
+            logits, state = arrays.results()
+            results.append(RWKVResult(state, logits, arrays.given_back(hidden)))
+        return results
 
     def _prepare(
         self, sequence: RWKVSequence, tokens: array[int]
-    ) -> tuple[SequenceStruct, _Arrays, dict[str, np.ndarray | None]]:
-        """What C gets for a sequence, and the arrays that become its result."""
-        arrays = _Arrays(True, sequence.state_in, sequence.state_out, sequence.logits_out)
+    ) -> tuple[SequenceStruct, _Arrays, np.ndarray | None]:
+        """What C gets for a sequence, its arrays, and that of hidden."""
         n_logits = as_integer(sequence.n_logits, "n_logits", 0, len(tokens))
-        if n_logits == 0 and sequence.logits_out is not None:
-            raise ValueError("logits_out is given, but n_logits is 0")
-        state_in = arrays.source("state_in", sequence.state_in, self._n_state)
-        state = arrays.target("state_out", sequence.state_out, (self._n_state,))
-        logits = hidden = None
-        if n_logits:
-            shape = n_logits, self._n_vocab
-            logits = arrays.target("logits_out", sequence.logits_out, shape)
-        if sequence.want_hidden:
-            hidden = arrays.target("hidden_out", None, (self._n_embed,))
+        shape = (n_logits, self._n_vocab) if n_logits else None
+        arrays = self._arrays(shape, sequence.state_in, sequence.state_out, sequence.logits_out)
+        hidden = np.empty(self._n_embed, np.float32) if sequence.want_hidden else None
+        state_in, state_out, logits_out = arrays.addresses()
         struct = SequenceStruct(
             tokens=tokens.buffer_info()[0],
             n_tokens=len(tokens),
-            state_in=_address(state_in),
-            state_out=_address(state),
-            logits_out=_address(logits),
+            state_in=state_in,
+            state_out=state_out,
+            logits_out=logits_out,
             n_logits=n_logits,
             hidden_out=_address(hidden),
         )
-        return struct, arrays, {"state": state, "logits": logits, "hidden": hidden}
+        return struct, arrays, hidden
+
+    def _arrays(
+        self,
+        logits_shape: tuple[int, ...] | None,
+        state_in: Array | None,
+        state_out: Array | None,
+        logits_out: Array | None,
+        use_numpy: bool = True,
+    ) -> _Arrays:
+        return _Arrays(self._n_state, logits_shape, state_in, state_out, logits_out, use_numpy)
 
     # ---- Checks ----------------------------------------------------------------------------------
 
@@ -349,71 +337,93 @@ class RWKVModel:
 # ---- Arrays --------------------------------------------------------------------------------------
 
 
-def _is_tensor(value: object) -> bool:
-    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
-    return torch is not None and isinstance(value, torch.Tensor)
+class _Arrays:
+    """The arrays of one sequence: checked for C, and given back in the caller's kind."""
+
+    def __init__(
+        self,
+        n_state: int,
+        logits_shape: tuple[int, ...] | None,
+        state_in: Array | None,
+        state_out: Array | None,
+        logits_out: Array | None,
+        use_numpy: bool,
+    ) -> None:
+        given = state_in, state_out, logits_out
+        self._torch = None
+        if not use_numpy or any(map(_is_tensor, given)):
+            self._torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+            if self._torch is None:
+                raise ValueError("use_numpy=False asks for torch tensors: import torch first")
+        if logits_shape is None and logits_out is not None:
+            raise ValueError("logits_out is given, but n_logits is 0")
+        self._state_out, self._logits_out = state_out, logits_out
+        self._state_in = _source("state_in", state_in, (n_state,))
+        self._state = _target("state_out", state_out, (n_state,))
+        self._logits = logits_shape and _target("logits_out", logits_out, logits_shape)
+
+    def addresses(self) -> tuple[int | None, int | None, int | None]:
+        """Of state_in, state_out and logits_out, while this object lives."""
+        return _address(self._state_in), _address(self._state), _address(self._logits)
+
+    def results(self) -> tuple[Array | None, Array]:
+        """(logits, state)"""
+        return (
+            self.given_back(self._logits, self._logits_out),
+            self.given_back(self._state, self._state_out),
+        )
+
+    def given_back(self, array: np.ndarray | None, argument: Array | None = None) -> Array | None:
+        """The argument that was written to, if there was one; otherwise the new array."""
+        if argument is not None:
+            return argument
+        return array if self._torch is None or array is None else self._torch.from_numpy(array)
 
 
 def _address(array: np.ndarray | None) -> int | None:
     return None if array is None else array.ctypes.data
 
 
-class _Arrays:
-    """Turns the arrays of one call into checked numpy arrays, and the results back."""
-
-    def __init__(self, use_numpy: bool, *arguments: Array | None) -> None:
-        self._as_tensors = not use_numpy or any(map(_is_tensor, arguments))
-        if not use_numpy and "torch" not in sys.modules:
-            raise ValueError("use_numpy=False asks for torch tensors: import torch first")
-        self._given: dict[int, Array] = {}  # id of the numpy view -> the argument
-
-    def source(self, name: str, value: Array | None, length: int) -> np.ndarray | None:
-        """`value` as a contiguous array, copied if it is not one."""
-        if value is None:
-            return None
-        array = _numpy(name, value)
-        _check_shape(name, array, (length,))
-        return np.require(array, requirements=["C", "A"])
-
-    def target(self, name: str, value: Array | None, shape: tuple[int, ...]) -> np.ndarray:
-        """`value` itself, or a new array."""
-        if value is None:
-            return np.empty(shape, np.float32)
-        if _is_tensor(value) and value.requires_grad:
-            raise ValueError(f"{name} requires grad, so it cannot be written to: detach() it")
-        array = _numpy(name, value)
-        _check_shape(name, array, shape)
-        if not (array.flags.c_contiguous and array.flags.aligned):
-            raise ValueError(
-                f"{name} must be contiguous and aligned, its strides are {array.strides}"
-            )
-        if not array.flags.writeable:
-            raise ValueError(f"{name} is read-only")
-        self._given[id(array)] = value
-        return array
-
-    def result(self, array: np.ndarray) -> Array:
-        if id(array) in self._given:
-            return self._given[id(array)]
-        return sys.modules["torch"].from_numpy(array) if self._as_tensors else array
+def _source(name: str, value: Array | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """`value` as a contiguous array, copied if it is not one."""
+    if value is None:
+        return None
+    return np.require(_numpy(name, value, shape), requirements=["C", "A"])
 
 
-def _numpy(name: str, value: Array) -> np.ndarray:
+def _target(name: str, value: Array | None, shape: tuple[int, ...]) -> np.ndarray:
+    """`value` itself, or a new array."""
+    if value is None:
+        return np.empty(shape, np.float32)
+    if _is_tensor(value) and value.requires_grad:
+        raise ValueError(f"{name} requires grad, so it cannot be written to: detach() it")
+    array = _numpy(name, value, shape)
+    if not (array.flags.c_contiguous and array.flags.aligned):
+        raise ValueError(f"{name} must be contiguous and aligned, its strides are {array.strides}")
+    if not array.flags.writeable:
+        raise ValueError(f"{name} is read-only")
+    return array
+
+
+def _is_tensor(value: object) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _numpy(name: str, value: Array, shape: tuple[int, ...]) -> np.ndarray:
     """A view of `value`, which is of native float32."""
     if _is_tensor(value):
-        torch = sys.modules["torch"]
-        if value.device.type != "cpu" or value.layout != torch.strided:
-            raise ValueError(f"{name} must be a dense tensor on the CPU, not on {value.device}")
-        if value.dtype != torch.float32:
+        if value.device.type != "cpu" or str(value.layout) != "torch.strided":
+            raise ValueError(
+                f"{name} must be a dense tensor on the CPU, not {value.layout} on {value.device}"
+            )
+        if str(value.dtype) != "torch.float32":
             raise ValueError(f"{name} must be float32, not {value.dtype}")
-        return value.detach().numpy()
+        value = value.detach().numpy()
     if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a numpy array, not {type(value).__name__}")
     if value.dtype != np.float32:
         raise ValueError(f"{name} must be native float32, not {value.dtype.str}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, not {value.shape}")
     return value
-
-
-def _check_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, not {array.shape}")
