@@ -310,7 +310,7 @@ class RWKVModel:
         # A signal handler or a callback inside an evaluation would wait for itself.
         wait = wait and self._user != threading.get_ident()
         if not self._lock.acquire(blocking=wait):
-            raise RuntimeError("model is busy: it evaluates in another thread, which needs a clone")
+            raise RuntimeError("model is busy evaluating: give each thread a clone() of it")
         try:
             self._user = threading.get_ident()
             self._open()
