@@ -63,21 +63,25 @@ GGML_INLINE __m256 pick(const __m256 from[4], __m256i index) {
 GGML_INLINE void add_outliers(const uint8_t * block, const struct ggml_stripe_block * at,
                               const float * x, const struct ggml_act * act, const __m256 m[2],
                               __m256 acc[2]) {
-    __m256 xs[4], as[4];
-    __m256 d = _mm256_set1_ps(act->d);
+    __m256i index[2];
+    __m256 from[4], x_picked[2];
+    for (int half = 0; half < 2; half++)
+        index[half] = _mm256_cvtepi16_epi32(
+            _mm_loadu_si128((const __m128i *)(const void *)(block + at->index) + half));
+    /* in slot order, as the indices count */
+    for (int i = 0; i < 4; i++)
+        from[i] = _mm256_permute_ps(_mm256_loadu_ps(x + 8 * i), _MM_SHUFFLE(3, 1, 2, 0));
+    for (int half = 0; half < 2; half++) x_picked[half] = pick(from, index[half]);
     for (int i = 0; i < 4; i++) {
-        /* in slot order, as the indices count */
-        xs[i] = _mm256_permute_ps(_mm256_loadu_ps(x + 8 * i), _MM_SHUFFLE(3, 1, 2, 0));
         __m128i a = _mm_load_si128((const __m128i *)(const void *)act->a + i);
-        as[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(a)), d);
+        from[i] = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(a));
     }
     for (int half = 0; half < 2; half++) {
-        __m256i index = _mm256_cvtepi16_epi32(
-            _mm_loadu_si128((const __m128i *)(const void *)(block + at->index) + half));
-        __m256 none = _mm256_castsi256_ps(index); /* negative: GGML_NO_OUTLIER */
         __m256 v = load_scales(block + at->outlier, half, false);
-        __m256 with = _mm256_fmadd_ps(v, pick(xs, index), acc[half]);
-        with = _mm256_fnmadd_ps(m[half], pick(as, index), with);
+        __m256 a = _mm256_mul_ps(pick(from, index[half]), _mm256_set1_ps(act->d));
+        __m256 with = _mm256_fmadd_ps(v, x_picked[half], acc[half]);
+        with = _mm256_fnmadd_ps(m[half], a, with);
+        __m256 none = _mm256_castsi256_ps(index[half]); /* negative: GGML_NO_OUTLIER */
         acc[half] = _mm256_blendv_ps(with, acc[half], none);
     }
 }
@@ -99,18 +103,27 @@ GGML_INLINE void stripe_times(enum ggml_type type, int n, const uint8_t * stripe
                 int32_t z = parts == 2 ? acts[i][b].sum_half[part] : acts[i][b].sum;
                 sum[i][0] = sum[i][1] = _mm256_set1_epi32(-layout->zero * z);
             }
-            for (int half = 0; half < 2; half++) {
-                __m256i qh = layout->bits == 5 ? _mm256_loadu_si256(fifth + half) : sum[0][0];
+            __m256i qh[2] = {sum[0][0], sum[0][0]};
+            if (layout->bits == 5) {
+                qh[0] = _mm256_loadu_si256(fifth);
+                qh[1] = _mm256_loadu_si256(fifth + 1);
+            }
 #pragma GCC unroll 8
-                for (int u = part * units; u < (part + 1) * units; u++) {
-                    __m256i codes = load_codes(layout, block + at.qs, qh, u, half);
-                    __m256i even = even_bytes(layout, codes), odd = odd_bytes(layout, codes);
-                    for (int i = 0; i < n; i++) {
-                        const struct ggml_act * act = acts[i] + b;
-                        __m256i product = _mm256_madd_epi16(even, broadcast_pair(act, 2 * u));
-                        sum[i][half] = _mm256_add_epi32(sum[i][half], product);
-                        product = _mm256_madd_epi16(odd, broadcast_pair(act, 2 * u + 1));
-                        sum[i][half] = _mm256_add_epi32(sum[i][half], product);
+            for (int u = part * units; u < (part + 1) * units; u++) {
+                __m256i even[2], odd[2];
+                for (int half = 0; half < 2; half++) {
+                    __m256i codes = load_codes(layout, block + at.qs, qh[half], u, half);
+                    even[half] = even_bytes(layout, codes);
+                    odd[half] = odd_bytes(layout, codes);
+                }
+                for (int i = 0; i < n; i++) {
+                    const __m256i a02 = broadcast_pair(acts[i] + b, 2 * u);
+                    const __m256i a13 = broadcast_pair(acts[i] + b, 2 * u + 1);
+                    for (int half = 0; half < 2; half++) {
+                        sum[i][half] =
+                            _mm256_add_epi32(sum[i][half], _mm256_madd_epi16(even[half], a02));
+                        sum[i][half] =
+                            _mm256_add_epi32(sum[i][half], _mm256_madd_epi16(odd[half], a13));
                     }
                 }
             }
@@ -388,26 +401,34 @@ GGML_INLINE __m256 sigmoid8(__m256 x) {
     return _mm256_div_ps(one, _mm256_add_ps(one, exp8(negated)));
 }
 
-/* The sum of (x - mean)^power over 16 lanes, power 1 or 2. Lanes past the end stay as they are. */
-GGML_INLINE float sum_of(size_t n, const float * x, float mean, int power) {
-    __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (size_t i = 0; i < n; i += 8) {
-        __m256 term = load(x + i, n - i);
-        if (power == 2) {
-            term = _mm256_sub_ps(term, _mm256_set1_ps(mean));
-            term = _mm256_mul_ps(term, term);
-        }
-        __m256 sum = _mm256_add_ps(acc[i / 8 % 2], term);
-        if (n - i < 8)
-            sum = _mm256_blendv_ps(acc[i / 8 % 2], sum, _mm256_castsi256_ps(lanes(n - i)));
-        acc[i / 8 % 2] = sum;
+/* x_k, or (x_k - mean) squared, of 8 lanes. */
+GGML_INLINE __m256 term(__m256 x, __m256 mean, bool squared) {
+    if (!squared) return x;
+    x = _mm256_sub_ps(x, mean);
+    return _mm256_mul_ps(x, x);
+}
+
+/* The sum of terms; lanes past the end stay as they are. */
+GGML_INLINE float sum_terms(size_t n, const float * x, float mean, bool squared) {
+    __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps(), means = _mm256_set1_ps(mean);
+    size_t k = 0;
+    for (; n - k >= 16; k += 16) {
+        low = _mm256_add_ps(low, term(_mm256_loadu_ps(x + k), means, squared));
+        high = _mm256_add_ps(high, term(_mm256_loadu_ps(x + k + 8), means, squared));
     }
-    return sum_lanes(acc[0], acc[1]);
+    const size_t rest = n - k, rest_high = rest > 8 ? rest - 8 : 0;
+    __m256 sum = _mm256_add_ps(low, term(load(x + k, rest), means, squared));
+    low = _mm256_blendv_ps(low, sum, _mm256_castsi256_ps(lanes(rest)));
+    if (rest_high) {
+        sum = _mm256_add_ps(high, term(load(x + k + 8, rest_high), means, squared));
+        high = _mm256_blendv_ps(high, sum, _mm256_castsi256_ps(lanes(rest_high)));
+    }
+    return sum_lanes(low, high);
 }
 
 static void layer_norm(size_t n, const float * x, const float * w, const float * b, float * y) {
-    float mean = sum_of(n, x, 0, 1) / (float)n;
-    float var = sum_of(n, x, mean, 2) / (float)n;
+    float mean = sum_terms(n, x, 0, false) / (float)n;
+    float var = sum_terms(n, x, mean, true) / (float)n;
     __m128 root = _mm_sqrt_ss(_mm_set_ss(var + 1e-5f));
     __m256 means = _mm256_set1_ps(mean), r = _mm256_set1_ps(1 / _mm_cvtss_f32(root));
     for (size_t i = 0; i < n; i += 8) {

@@ -191,19 +191,9 @@ static const uint8_t * get_scale(const uint8_t * from, float * value, bool wide)
     return from + sizeof h;
 }
 
-/* The nibbles of byte j are the codes of weights low(j) = j * step and low(j) + next. */
-struct nibbles {
-    int bytes, step, next;
-};
-
-static struct nibbles nibbles(const struct ggml_layout * layout) {
-    int bytes = layout->size == 32 ? 16 : 8;
-    struct nibbles n = {bytes, layout->split ? 1 : 2, layout->split ? bytes : 1};
-    return n;
-}
-
 void ggml_block_pack(enum ggml_type type, const struct ggml_block * block, uint8_t * bytes) {
     const struct ggml_layout * layout = &ggml_layouts[type];
+    const uint8_t * q = block->q;
     bytes = put_scale(bytes, block->d, layout->wide);
     if (layout->min) bytes = put_scale(bytes, block->m, layout->wide);
     if (layout->outlier) {
@@ -211,18 +201,48 @@ void ggml_block_pack(enum ggml_type type, const struct ggml_block * block, uint8
         bytes = put_scale(bytes + sizeof block->index, block->outlier, false);
     }
     if (layout->bits == 8) {
-        memcpy(bytes, block->q, layout->size);
+        memcpy(bytes, q, layout->size);
         return;
     }
     if (layout->bits == 5) {
         memset(bytes, 0, 4);
-        for (int k = 0; k < 32; k++) bytes[k / 8] |= (uint8_t)(block->q[k] >> 4 << k % 8);
+        for (int k = 0; k < 32; k++) bytes[k / 8] |= (uint8_t)(q[k] >> 4 << k % 8);
         bytes += 4;
     }
-    const struct nibbles at = nibbles(layout);
-    for (int j = 0; j < at.bytes; j++) {
-        const uint8_t * q = block->q + j * at.step;
-        bytes[j] = (uint8_t)((q[0] & 15) | (q[at.next] & 15) << 4);
+    for (int j = 0; j < layout->size / 2; j++) {
+        int low = q[layout->split ? j : 2 * j];
+        int high = q[layout->split ? j + 16 : 2 * j + 1];
+        bytes[j] = (uint8_t)((low & 15) | (high & 15) << 4);
+    }
+}
+
+/* Loading a model calls this for each block: two plain loops, which compilers turn into vectors. */
+static void unpack_nibbles(const uint8_t * bytes, const struct ggml_layout * layout, uint8_t * q) {
+    uint8_t qs[16] = {0};
+    memcpy(qs, bytes, layout->size / 2u);
+    if (layout->split) { /* blocks of 32 only */
+        for (int j = 0; j < 16; j++) q[j] = qs[j] & 15;
+        for (int j = 0; j < 16; j++) q[j + 16] = qs[j] >> 4;
+    } else {
+        uint8_t pairs[32];
+        for (int j = 0; j < 16; j++) {
+            pairs[2 * j] = qs[j] & 15;
+            pairs[2 * j + 1] = qs[j] >> 4;
+        }
+        memcpy(q, pairs, sizeof pairs);
+    }
+}
+
+/* Adds the fifth bits, eight codes at a time: each bit of a byte is brought into a byte of its own.
+ */
+static void unpack_fifth(const uint8_t * qh, uint8_t * q) {
+    for (int i = 0; i < 4; i++) {
+        uint64_t codes;
+        uint64_t bits = qh[i] * 0x0101010101010101u & 0x8040201008040201u;
+        bits = (bits + 0x7F7F7F7F7F7F7F7Fu) >> 7 & 0x0101010101010101u;
+        memcpy(&codes, q + 8 * i, sizeof codes);
+        codes |= bits << 4;
+        memcpy(q + 8 * i, &codes, sizeof codes);
     }
 }
 
@@ -237,16 +257,10 @@ void ggml_block_unpack(enum ggml_type type, const uint8_t * bytes, struct ggml_b
     }
     if (layout->bits == 8) {
         memcpy(block->q, bytes, layout->size);
-        return;
+    } else if (layout->bits == 5) {
+        unpack_nibbles(bytes + 4, layout, block->q);
+        unpack_fifth(bytes, block->q);
+    } else {
+        unpack_nibbles(bytes, layout, block->q);
     }
-    const uint8_t * fifth = bytes;
-    if (layout->bits == 5) bytes += 4;
-    const struct nibbles at = nibbles(layout);
-    for (int j = 0; j < at.bytes; j++) {
-        uint8_t * q = block->q + j * at.step;
-        q[0] = bytes[j] & 15;
-        q[at.next] = bytes[j] >> 4;
-    }
-    if (layout->bits == 5)
-        for (int k = 0; k < 32; k++) block->q[k] |= (uint8_t)((fifth[k / 8] >> k % 8 & 1) << 4);
 }

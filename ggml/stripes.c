@@ -26,67 +26,75 @@ static void put_scale(uint8_t * to, size_t i, float value, bool wide) {
     }
 }
 
+/* Adds the codes of a block to lane `row`, four or eight at a time (little-endian, as the files).
+ */
+static void put_codes(const struct ggml_layout * layout, const struct ggml_stripe_block * at,
+                      const uint8_t * q, int k0, int row, uint8_t * to) {
+    uint32_t * qs = (uint32_t *)(void *)(to + at->qs) + row;
+    if (layout->bits == 8) {
+        for (int u = 0; u < 8; u++) memcpy(qs + u * GGML_STRIPE, q + 4 * u, 4);
+        return;
+    }
+    for (int j = 0; j < layout->size / 8; j++) {
+        uint32_t low, high;
+        memcpy(&low, q + 8 * j, sizeof low);
+        memcpy(&high, q + 8 * j + 4, sizeof high);
+        qs[(k0 / 8 + j) * GGML_STRIPE] = (low & 0x0F0F0F0F) | (high & 0x0F0F0F0F) << 4;
+    }
+    if (layout->bits == 5) {
+        uint32_t fifth = 0;
+        for (int u = 0; u < 8; u++) {
+            uint32_t codes;
+            memcpy(&codes, q + 4 * u, sizeof codes);
+            fifth |= (codes >> 4 & 0x01010101) << u;
+        }
+        memcpy(to + at->qh + (size_t)(4 * row), &fifth, sizeof fifth);
+    }
+}
+
 /* Writes a file block that starts at weight k0 (0 or 16) of lane `row` into a stripe's block. */
-GGML_INLINE void put_block(enum ggml_type type, struct ggml_block * block, int k0, int row,
-                           uint8_t * to) {
-    const struct ggml_layout * layout = &ggml_layouts[type];
-    const struct ggml_stripe_block at = ggml_stripe_block(type);
+static void put_block(const struct ggml_layout * layout, const struct ggml_stripe_block * at,
+                      struct ggml_block * block, int k0, int row, uint8_t * to) {
     size_t scale = (size_t)(k0 / 16 * GGML_STRIPE + row);
-    put_scale(to + at.d, scale, block->d, layout->wide);
-    if (layout->min) put_scale(to + at.m, scale, block->m, layout->wide);
+    put_scale(to + at->d, scale, block->d, layout->wide);
+    if (layout->min) put_scale(to + at->m, scale, block->m, layout->wide);
     if (layout->outlier) {
         uint16_t index = GGML_NO_OUTLIER;
         if (ggml_block_has_outlier(block)) {
             block->q[block->index] = 0;
             index = (uint16_t)ggml_slot(block->index);
         }
-        memcpy(to + at.index + 2 * (size_t)row, &index, sizeof index);
-        put_scale(to + at.outlier, (size_t)row, block->outlier, false);
+        memcpy(to + at->index + 2 * (size_t)row, &index, sizeof index);
+        put_scale(to + at->outlier, (size_t)row, block->outlier, false);
     }
-    uint8_t * qs = to + at.qs + 4 * row;
-    for (int i = 0; i < layout->size; i++) {
-        int k = k0 + i;
-        int q = block->q[i];
-        if (layout->bits == 8) {
-            qs[k / 4 * 64 + k % 4] = (uint8_t)q;
-        } else {
-            qs[k / 8 * 64 + k % 4] |= (uint8_t)((q & 15) << k % 8 / 4 * 4);
-        }
-        if (layout->bits == 5) to[at.qh + (size_t)(4 * row + k % 4)] |= (uint8_t)(q >> 4 << k / 4);
-    }
-}
-
-GGML_INLINE bool pack(enum ggml_type type, size_t rows, size_t cols, const uint8_t * src,
-                      uint8_t * dst, size_t first, size_t last, size_t * bad_block) {
-    const struct ggml_layout * layout = &ggml_layouts[type];
-    const struct ggml_stripe_block at = ggml_stripe_block(type);
-    size_t block_bytes = ggml_type_traits(type)->block_bytes;
-    size_t blocks = cols / layout->size;
-    size_t stripe_size = ggml_stripe_size(type, cols);
-    for (size_t stripe = first; stripe < last; stripe += GGML_STRIPE) {
-        uint8_t * to = dst + stripe / GGML_STRIPE * stripe_size;
-        memset(to, 0, stripe_size);
-        for (size_t b = 0; b < blocks; b++) {
-            int k0 = (int)(b * layout->size % 32);
-            uint8_t * stripe_block = to + b * layout->size / 32 * at.size;
-            if (layout->outlier && rows - stripe < GGML_STRIPE)
-                memset(stripe_block + at.index, 0xFF, 2 * GGML_STRIPE);
-            for (size_t row = stripe; row < stripe + GGML_STRIPE && row < rows; row++) {
-                struct ggml_block block;
-                size_t number = row * blocks + b;
-                ggml_block_unpack(type, src + number * block_bytes, &block);
-                if (layout->outlier && ggml_block_has_outlier(&block) && block.index >= 32) {
-                    *bad_block = number;
-                    return false;
-                }
-                put_block(type, &block, k0, (int)(row - stripe), stripe_block);
-            }
-        }
-    }
-    return true;
+    put_codes(layout, at, block->q, k0, row, to);
 }
 
 bool ggml_pack_stripes(enum ggml_type type, size_t rows, size_t cols, const void * src, void * dst,
                        size_t first, size_t last, size_t * bad_block) {
-    return pack(type, rows, cols, src, dst, first, last, bad_block);
+    const struct ggml_layout * layout = &ggml_layouts[type];
+    const struct ggml_stripe_block at = ggml_stripe_block(type);
+    const size_t block_bytes = ggml_type_traits(type)->block_bytes;
+    const size_t blocks = cols / layout->size;
+    const size_t stripe_size = ggml_stripe_size(type, cols);
+    for (size_t stripe = first; stripe < last; stripe += GGML_STRIPE) {
+        uint8_t * to = (uint8_t *)dst + stripe / GGML_STRIPE * stripe_size;
+        memset(to, 0, stripe_size);
+        for (size_t b = 0; b < blocks; b++) {
+            const int k0 = (int)(b * layout->size % 32);
+            uint8_t * stripe_block = to + b * layout->size / 32 * at.size;
+            if (layout->outlier) memset(stripe_block + at.index, 0xFF, 2 * GGML_STRIPE);
+            for (size_t row = stripe; row < stripe + GGML_STRIPE && row < rows; row++) {
+                struct ggml_block block;
+                const size_t number = row * blocks + b;
+                ggml_block_unpack(type, (const uint8_t *)src + number * block_bytes, &block);
+                if (layout->outlier && ggml_block_has_outlier(&block) && block.index >= 32) {
+                    *bad_block = number;
+                    return false;
+                }
+                put_block(layout, &at, &block, k0, (int)(row - stripe), stripe_block);
+            }
+        }
+    }
+    return true;
 }

@@ -228,7 +228,8 @@ enum { VECTORS = 9 };
 static void make_vectors(size_t n, enum input kind, float * vectors[VECTORS]) {
     for (int i = 0; i < VECTORS; i++) {
         vectors[i] = (float *)allocate(n * sizeof(float));
-        for (size_t k = 0; k < n; k++) vectors[i][k] = random_input(kind) * (i % 3 ? 1 : 30);
+        for (size_t k = 0; k < n; k++)
+            vectors[i][k] = random_input(kind) * (kind == NORMAL_INPUT || i % 3 ? 1 : 30);
     }
 }
 
@@ -394,10 +395,9 @@ static void test_accuracy(void) {
 
 /* ---- Bench ---------------------------------------------------------------------------------- */
 
+/* Seconds of processor time, so that other programs disturb less. */
 static double now(void) {
-    struct timespec t;
-    timespec_get(&t, TIME_UTC);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    return (double)clock() / CLOCKS_PER_SEC;
 }
 
 /* Many matrices in turn, 256 MB together, so that no cache holds them. */
@@ -430,27 +430,45 @@ static void bench(const struct ggml_kernels * k, enum ggml_type type, size_t n) 
     free_problem(&p);
 }
 
+static void bench_pack(enum ggml_type type) {
+    enum { ROWS = 2048, COLS = 2048 };
+    struct problem p = make_problem(type, ROWS, COLS, 1, NORMAL_WEIGHTS, NORMAL_INPUT);
+    double best = 1e9;
+    for (int repetition = 0; repetition < 7; repetition++) {
+        size_t bad;
+        double start = now();
+        ggml_pack_stripes(type, ROWS, COLS, p.file, p.stripes, 0, ROWS, &bad);
+        best = fmin(best, now() - start);
+    }
+    printf("pack    %-9s %7.2f GB/s\n", ggml_type_traits(type)->name,
+           (double)(ROWS * ggml_row_size(type, COLS)) / best * 1e-9);
+    free_problem(&p);
+}
+
 static void bench_vectors(const struct ggml_kernels * k) {
     enum { N = 4096 };
-    float * v[VECTORS];
-    make_vectors(N, NORMAL_INPUT, v);
     uint8_t * act = allocate_aligned(ggml_act_size(N));
     for (int op = -1;; op++) {
         double best = 1e9;
         const char * name = "quantize_act";
-        for (int repetition = 0; repetition < 50 && name; repetition++) {
+        for (int repetition = 0; repetition < 20 && name; repetition++) {
+            enum { CALLS = 100 };
+            float * v[VECTORS];
+            make_vectors(N, NORMAL_INPUT, v);
             double start = now();
-            if (op < 0) {
-                k->quantize_act(N, v[8], act);
-            } else {
-                name = run_operation(k, op, N, v);
+            for (int call = 0; call < CALLS && name; call++) {
+                if (op < 0) {
+                    k->quantize_act(N, v[8], act);
+                } else {
+                    name = run_operation(k, op, N, v);
+                }
             }
-            best = fmin(best, now() - start);
+            best = fmin(best, (now() - start) / CALLS);
+            for (int i = 0; i < VECTORS; i++) free(v[i]);
         }
         if (!name) break;
-        printf("%-7s %-24s of %d: %8.0f ns\n", k->isa, name, N, best * 1e9);
+        printf("%-7s %-24s of %d: %6.0f ns\n", k->isa, name, N, best * 1e9);
     }
-    for (int i = 0; i < VECTORS; i++) free(v[i]);
     free(act);
 }
 
@@ -466,6 +484,8 @@ int main(int argc, char ** argv) {
         test_bad_outlier();
         for (int t = 0; t < GGML_TYPE_COUNT; t++) test_exactness((enum ggml_type)t);
     }
+    for (int t = 0; benchmark && t < GGML_TYPE_COUNT; t++)
+        if (ggml_type_traits((enum ggml_type)t)->quantized) bench_pack((enum ggml_type)t);
     for (int i = 0; i < ISAS; i++) {
         const struct ggml_kernels * k = ggml_kernels_select(isas[i], &reason);
         if (!k) {
