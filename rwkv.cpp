@@ -124,11 +124,15 @@ struct Slot;  // what a model uses a tensor for: see the table below
 struct Tensor {
     std::string name;
     ggml_type type;
-    std::vector<size_t> shape;  // (rows, cols) or (n): the contiguous dimension last
+    std::vector<size_t> dims;  // (rows, cols) or (n): the contiguous one last
     size_t rows, cols;
     uint64_t offset, size;  // of the data in the file, in bytes
     const Slot * slot;
     size_t layer;
+};
+
+struct Shape {
+    size_t n_vocab, n_embed, n_layer, n_ffn;
 };
 
 // What a file holds, or would hold.
@@ -137,8 +141,9 @@ struct Index {
     uint64_t size = 0;
     uint32_t version = 0;
     ggml_type type = GGML_TYPE_COUNT;  // of most matrices, says the header; each tensor has its own
-    size_t n_vocab = 0, n_embed = 0, n_layer = 0, n_ffn = 0;
+    Shape shape = {};
     std::vector<Tensor> tensors;
+    std::unordered_set<std::string> names;  // of the tensors
 };
 
 const char * type_name(ggml_type type) {
@@ -191,12 +196,17 @@ ggml_type read_type(const std::string & where, uint32_t version, int32_t id) {
     fail(flags, "%s: data type %d, expected 0 to 9", where.c_str(), id);
 }
 
-// `value` is negative if it is a large size_t, too.
-size_t check_dimension(const Index & index, int category, const char * name, int64_t value,
+void check_row(int category, const std::string & where, size_t cols, ggml_type type) {
+    if (!ggml_type_traits(type)->quantized || cols % GGML_ROW_UNIT == 0) return;
+    fail(category | RWKV_ERROR_DIMENSION, "%s: rows of %zu weights, but %s needs a multiple of %d",
+         where.c_str(), cols, type_name(type), GGML_ROW_UNIT);
+}
+
+size_t check_dimension(int category, const std::string & where, const char * name, size_t value,
                        size_t limit) {
-    if (value >= 1 && (uint64_t)value <= limit) return (size_t)value;
-    fail(category | RWKV_ERROR_DIMENSION, "%s: %s is %lld, expected 1 to %zu", index.path.c_str(),
-         name, (long long)value, limit);
+    if (value >= 1 && value <= limit) return value;
+    fail(category | RWKV_ERROR_DIMENSION, "%s: %s is %lld, expected 1 to %zu", where.c_str(), name,
+         (long long)value, limit);
 }
 
 void read_header(const InputFile & file, Index & index) {
@@ -220,9 +230,13 @@ void read_header(const InputFile & file, Index & index) {
              "%s: version of the file is %d, expected %d to %d (a newer library may read it)",
              file.path(), numbers[1], RWKV_FILE_VERSION_MIN, RWKV_FILE_VERSION_MAX);
     }
-    index.n_vocab = check_dimension(index, RWKV_ERROR_FILE, "n_vocab", numbers[2], max_vocab);
-    index.n_embed = check_dimension(index, RWKV_ERROR_FILE, "n_embed", numbers[3], max_embed);
-    index.n_layer = check_dimension(index, RWKV_ERROR_FILE, "n_layer", numbers[4], max_layers);
+    const auto size = [&](const char * name, int32_t value, size_t limit) {
+        // A negative number is a size beyond all limits.
+        return check_dimension(RWKV_ERROR_FILE, index.path, name, (size_t)value, limit);
+    };
+    index.shape.n_vocab = size("n_vocab", numbers[2], max_vocab);
+    index.shape.n_embed = size("n_embed", numbers[3], max_embed);
+    index.shape.n_layer = size("n_layer", numbers[4], max_layers);
     index.type = read_type(index.path + ": header", index.version, numbers[5]);
 }
 
@@ -258,7 +272,7 @@ Tensor read_record(Cursor & cursor, const Index & index) {
         fail(RWKV_ERROR_FILE | RWKV_ERROR_KEY, "%s: a name of %d bytes, expected 1 to %zu",
              at.c_str(), head[1], max_name);
     }
-    int32_t dims[max_dims];
+    int32_t dims[max_dims];  // contiguous one first
     cursor.take(dims, (size_t)head[0] * sizeof dims[0], at, "shape of a tensor");
     std::string name((size_t)head[1], '\0');
     cursor.take(name.data(), name.size(), at, "name of a tensor");
@@ -268,6 +282,7 @@ Tensor read_record(Cursor & cursor, const Index & index) {
              "%s: name '%s': expected letters, digits, '_' and '.' only", at.c_str(),
              escaped(name).c_str());
     }
+
     const std::string where = at + ": tensor '" + name + "'";
     Tensor tensor = {name, read_type(where, index.version, head[2]), {}, 1, 0, 0, 0, nullptr, 0};
     for (int i = head[0] - 1; i >= 0; i--) {
@@ -275,21 +290,16 @@ Tensor read_record(Cursor & cursor, const Index & index) {
             fail(RWKV_ERROR_FILE | RWKV_ERROR_DIMENSION,
                  "%s: a dimension is %d, expected at least 1", where.c_str(), dims[i]);
         }
-        tensor.shape.push_back((size_t)dims[i]);
+        tensor.dims.push_back((size_t)dims[i]);
     }
-    tensor.cols = (size_t)dims[0];
-    if (ggml_type_traits(tensor.type)->quantized && tensor.cols % GGML_ROW_UNIT != 0) {
-        fail(RWKV_ERROR_FILE | RWKV_ERROR_DIMENSION,
-             "%s: rows of %zu weights, but %s needs a multiple of %d", where.c_str(), tensor.cols,
-             type_name(tensor.type), GGML_ROW_UNIT);
-    }
+    tensor.cols = tensor.dims.back();
+    check_row(RWKV_ERROR_FILE, where, tensor.cols, tensor.type);
     // Three factors below 2^31 can pass 2^64: divide what is left instead of multiplying.
     const uint64_t row_size = ggml_row_size(tensor.type, tensor.cols);
     uint64_t rows_left = cursor.left() / row_size;
-    for (int i = 1; i < head[0]; i++) {
+    for (int i = 1; i < head[0] && rows_left > 0; i++) {
         tensor.rows *= (size_t)dims[i];
         rows_left /= (uint64_t)dims[i];
-        if (rows_left == 0) break;
     }
     if (rows_left == 0) {
         fail(RWKV_ERROR_FILE | RWKV_ERROR_FILE_READ,
@@ -311,19 +321,18 @@ Index read_index(const InputFile & file) {
     index.path = file.path();
     index.size = file.size();
     read_header(file, index);
-    const size_t max_tensors = 64 * index.n_layer + 64;
-    std::unordered_set<std::string> names;
+    const size_t max_tensors = 64 * index.shape.n_layer + 64;
     for (Cursor cursor{file, header_size}; cursor.left() > 0;) {
         const uint64_t start = cursor.at;
         Tensor tensor = read_record(cursor, index);
-        if (!names.insert(tensor.name).second) {
+        if (!index.names.insert(tensor.name).second) {
             fail(RWKV_ERROR_FILE | RWKV_ERROR_KEY, "%s: at byte %llu: tensor '%s' occurs twice",
                  file.path(), (unsigned long long)start, tensor.name.c_str());
         }
         if (index.tensors.size() == max_tensors) {
             fail(RWKV_ERROR_FILE | RWKV_ERROR_DATA,
                  "%s: at byte %llu: more than %zu tensors, too many for a model of %zu layers",
-                 file.path(), (unsigned long long)start, max_tensors, index.n_layer);
+                 file.path(), (unsigned long long)start, max_tensors, index.shape.n_layer);
         }
         index.tensors.push_back(std::move(tensor));
     }
@@ -353,44 +362,36 @@ struct Weights {
 };
 
 enum Kind {
-    VECTOR,     // always FP32
-    MATRIX,     // any type; what quantizing is for
-    EMBEDDING,  // rows are looked up; keeps its type when a file is quantized
-    HEAD,       // a matrix that keeps its type: it is small, but quantizing it costs quality
+    VECTOR,        // always FP32
+    FIRST_VECTOR,  // one that only the first layer needs
+    MATRIX,        // any type; what quantizing is for
+    EMBEDDING,     // rows are looked up; keeps its type when a file is quantized
+    HEAD,          // a matrix that keeps its type: quantizing it saves little and costs quality
 };
 
-enum Place { MODEL, EACH_LAYER, FIRST_LAYER };
-
-// A dimension, by the member of Index that says how long it is.
-using Dim = size_t Index::*;
-constexpr Dim VOCAB = &Index::n_vocab, EMBED = &Index::n_embed, FFN = &Index::n_ffn;
+// A dimension, by the member of Shape that says how long it is.
+using Dim = size_t Shape::*;
+constexpr Dim VOCAB = &Shape::n_vocab, EMBED = &Shape::n_embed, FFN = &Shape::n_ffn;
 
 struct Slot {
-    Place place;
-    const char * name;  // of a layer's tensor: what follows "blocks.N."
+    const char * name;           // of a layer's tensor: what follows "blocks.N."
+    Weight Weights::* of_model;  // where it goes: one of these two
+    Weight Layer::* of_layer;
     Kind kind;
     Dim rows, cols;  // a vector has cols only
-    Weight Weights::* of_model;
-    Weight Layer::* of_layer;
 
-    constexpr Slot(const char * n, Kind k, Dim r, Dim c, Weight Weights::* member)
-        : place(MODEL), name(n), kind(k), rows(r), cols(c), of_model(member), of_layer(nullptr) {}
-    constexpr Slot(const char * n, Kind k, Dim r, Dim c, Weight Layer::* member)
-        : place(EACH_LAYER), name(n), kind(k), rows(r), cols(c), of_model(nullptr),
-          of_layer(member) {}
-    constexpr Slot(Place p, const char * n, Weight Layer::* member)
-        : place(p), name(n), kind(VECTOR), rows(nullptr), cols(EMBED), of_model(nullptr),
-          of_layer(member) {}
-    constexpr Slot(const char * n, Weight Layer::* member) : Slot(EACH_LAYER, n, member) {}
-    constexpr Slot(const char * n, Weight Weights::* member)
-        : Slot(n, VECTOR, nullptr, EMBED, member) {}
+    constexpr Slot(const char * n, Weight Weights::* to, Kind k = VECTOR, Dim r = nullptr)
+        : name(n), of_model(to), of_layer(nullptr), kind(k), rows(r), cols(EMBED) {}
+    constexpr Slot(const char * n, Weight Layer::* to, Kind k = VECTOR, Dim r = nullptr,
+                   Dim c = EMBED)
+        : name(n), of_model(nullptr), of_layer(to), kind(k), rows(r), cols(c) {}
 };
 
 // THE table of tensors: loading, checking, messages and quantizing all go by it.
 const Slot slots[] = {
-    {"emb.weight", EMBEDDING, VOCAB, EMBED, &Weights::emb},
-    {FIRST_LAYER, "ln0.weight", &Layer::ln0_weight},
-    {FIRST_LAYER, "ln0.bias", &Layer::ln0_bias},
+    {"emb.weight", &Weights::emb, EMBEDDING, VOCAB},
+    {"ln0.weight", &Layer::ln0_weight, FIRST_VECTOR},
+    {"ln0.bias", &Layer::ln0_bias, FIRST_VECTOR},
     {"ln1.weight", &Layer::ln1_weight},
     {"ln1.bias", &Layer::ln1_bias},
     {"ln2.weight", &Layer::ln2_weight},
@@ -400,22 +401,30 @@ const Slot slots[] = {
     {"att.time_mix_r", &Layer::att_time_mix_r},
     {"att.time_first", &Layer::att_time_first},
     {"att.time_decay", &Layer::att_time_decay},
-    {"att.key.weight", MATRIX, EMBED, EMBED, &Layer::att_key},
-    {"att.value.weight", MATRIX, EMBED, EMBED, &Layer::att_value},
-    {"att.receptance.weight", MATRIX, EMBED, EMBED, &Layer::att_receptance},
-    {"att.output.weight", MATRIX, EMBED, EMBED, &Layer::att_output},
+    {"att.key.weight", &Layer::att_key, MATRIX, EMBED},
+    {"att.value.weight", &Layer::att_value, MATRIX, EMBED},
+    {"att.receptance.weight", &Layer::att_receptance, MATRIX, EMBED},
+    {"att.output.weight", &Layer::att_output, MATRIX, EMBED},
     {"ffn.time_mix_k", &Layer::ffn_time_mix_k},
     {"ffn.time_mix_r", &Layer::ffn_time_mix_r},
-    {"ffn.key.weight", MATRIX, FFN, EMBED, &Layer::ffn_key},
-    {"ffn.value.weight", MATRIX, EMBED, FFN, &Layer::ffn_value},
-    {"ffn.receptance.weight", MATRIX, EMBED, EMBED, &Layer::ffn_receptance},
+    {"ffn.key.weight", &Layer::ffn_key, MATRIX, FFN},
+    {"ffn.value.weight", &Layer::ffn_value, MATRIX, EMBED, FFN},
+    {"ffn.receptance.weight", &Layer::ffn_receptance, MATRIX, EMBED},
     {"ln_out.weight", &Weights::ln_out_weight},
     {"ln_out.bias", &Weights::ln_out_bias},
-    {"head.weight", HEAD, VOCAB, EMBED, &Weights::head},
+    {"head.weight", &Weights::head, HEAD, VOCAB},
 };
 
+bool is_vector(const Tensor & tensor) {
+    return tensor.slot->rows == nullptr;
+}
+
+bool is_needed(const Tensor & tensor) {
+    return tensor.slot->kind != FIRST_VECTOR || tensor.layer == 0;
+}
+
 std::string tensor_name(const Slot & slot, size_t layer) {
-    return slot.place == MODEL ? slot.name : text("blocks.%zu.%s", layer, slot.name);
+    return slot.of_model != nullptr ? slot.name : text("blocks.%zu.%s", layer, slot.name);
 }
 
 // Finds what a tensor is for by its name; false: a model of this kind has no such tensor.
@@ -427,7 +436,7 @@ bool find_slot(Tensor & tensor) {
         skip = (size_t)length;
     }
     for (const Slot & slot : slots) {
-        if ((slot.place == MODEL) != (skip == 0)) continue;
+        if ((slot.of_model != nullptr) != (skip == 0)) continue;
         if (tensor.name.compare(skip, std::string::npos, slot.name) != 0) continue;
         tensor.slot = &slot;
         tensor.layer = layer;
@@ -439,8 +448,8 @@ bool find_slot(Tensor & tensor) {
 // Calls f(slot, layer) for each tensor that a model must have.
 template <class F> void each_needed(size_t n_layer, F f) {
     for (const Slot & slot : slots) {
-        const size_t n = slot.place == EACH_LAYER ? n_layer : 1;
-        for (size_t layer = 0; layer < n; layer++) f(slot, layer);
+        const bool once = slot.of_model != nullptr || slot.kind == FIRST_VECTOR;
+        for (size_t layer = 0; layer < (once ? 1 : n_layer); layer++) f(slot, layer);
     }
 }
 
@@ -473,86 +482,88 @@ const char * guess_architecture(const Index & index) {
     return "of an unknown architecture";
 }
 
-std::string shape_text(const std::vector<size_t> & shape) {
+std::string dims_text(const std::vector<size_t> & dims) {
     std::string result;
-    for (const size_t n : shape) result += (result.empty() ? "" : " x ") + std::to_string(n);
+    for (const size_t n : dims) result += (result.empty() ? "" : " x ") + std::to_string(n);
     return result;
 }
 
-void check_shape(const Index & index, const Tensor & tensor) {
-    const Slot & slot = *tensor.slot;
-    std::vector<size_t> expected = {index.*slot.cols};
-    if (slot.kind != VECTOR) expected.insert(expected.begin(), index.*slot.rows);
-    if (tensor.shape != expected) {
-        fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_SHAPE,
-             "%s: tensor '%s': expected shape %s, file has %s", index.path.c_str(),
-             tensor.name.c_str(), shape_text(expected).c_str(), shape_text(tensor.shape).c_str());
-    }
-    if (slot.kind == VECTOR && tensor.type != GGML_TYPE_FP32) {
-        fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_DATA_TYPE,
-             "%s: tensor '%s': expected FP32 as for all vectors, file has %s", index.path.c_str(),
-             tensor.name.c_str(), type_name(tensor.type));
-    }
+std::vector<size_t> expected_dims(const Slot & slot, const Shape & shape) {
+    if (slot.rows == nullptr) return {shape.*slot.cols};
+    return {shape.*slot.rows, shape.*slot.cols};
 }
 
 // Checks that the file holds a model: each tensor known, all there, of the right shape and type.
 void check_tensors(Index & index) {
-    std::unordered_set<std::string> names;
+    Shape & shape = index.shape;
+    const char * path = index.path.c_str();
     for (Tensor & tensor : index.tensors) {
+        const char * name = tensor.name.c_str();
         if (!find_slot(tensor)) {
             fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_UNSUPPORTED,
-                 "%s: unknown tensor '%s': the model seems to be %s", index.path.c_str(),
-                 tensor.name.c_str(), guess_architecture(index));
+                 "%s: unknown tensor '%s': the model seems to be %s", path, name,
+                 guess_architecture(index));
         }
-        if (tensor.layer >= index.n_layer) {
+        if (tensor.layer >= shape.n_layer) {
             fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_KEY,
-                 "%s: unexpected tensor '%s': n_layer is %zu, says the header", index.path.c_str(),
-                 tensor.name.c_str(), index.n_layer);
+                 "%s: unexpected tensor '%s': n_layer is %zu, says the header", path, name,
+                 shape.n_layer);
         }
-        if (tensor.slot->rows == FFN && tensor.layer == 0) index.n_ffn = tensor.shape[0];
-        names.insert(tensor.name);
+        if (tensor.slot->rows == FFN && tensor.layer == 0) {
+            shape.n_ffn =
+                check_dimension(RWKV_ERROR_MODEL_PARAMS, index.path, name, tensor.dims[0], max_ffn);
+        }
     }
-    each_needed(index.n_layer, [&](const Slot & slot, size_t layer) {
+    each_needed(shape.n_layer, [&](const Slot & slot, size_t layer) {
         const std::string name = tensor_name(slot, layer);
-        if (names.count(name) != 0) return;
+        if (index.names.count(name) != 0) return;
         fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_PARAM_MISSING,
              "%s: tensor '%s' is missing: found %zu tensors, n_layer is %zu (truncated download?)",
-             index.path.c_str(), name.c_str(), index.tensors.size(), index.n_layer);
+             path, name.c_str(), index.tensors.size(), shape.n_layer);
     });
-    if (index.n_ffn > max_ffn) {
-        fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_DIMENSION,
-             "%s: 'blocks.0.ffn.key.weight' has %zu rows, expected at most %zu", index.path.c_str(),
-             index.n_ffn, max_ffn);
+    for (const Tensor & tensor : index.tensors) {
+        const std::vector<size_t> expected = expected_dims(*tensor.slot, shape);
+        if (tensor.dims != expected) {
+            fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_SHAPE,
+                 "%s: tensor '%s': expected shape %s, file has %s", path, tensor.name.c_str(),
+                 dims_text(expected).c_str(), dims_text(tensor.dims).c_str());
+        }
+        if (is_vector(tensor) && tensor.type != GGML_TYPE_FP32) {
+            fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_DATA_TYPE,
+                 "%s: tensor '%s': expected FP32 as for all vectors, file has %s", path,
+                 tensor.name.c_str(), type_name(tensor.type));
+        }
     }
-    for (const Tensor & tensor : index.tensors) check_shape(index, tensor);
 }
 
 // The table of a file that does not exist: matrices in `type`, embedding and head in FP16 (or FP32
 // if that is the type).
-Index imagine_index(size_t n_vocab, size_t n_embed, size_t n_layer, ggml_type type) {
+Index imagine_index(const Shape & shape, ggml_type type) {
+    const std::string where = "a model of this shape";
+    check_dimension(RWKV_ERROR_ARGS, where, "n_vocab", shape.n_vocab, max_vocab);
+    check_dimension(RWKV_ERROR_ARGS, where, "n_embed", shape.n_embed, max_embed);
+    check_dimension(RWKV_ERROR_ARGS, where, "n_layer", shape.n_layer, max_layers);
+    check_row(RWKV_ERROR_ARGS, where, shape.n_embed, type);
     Index index;
-    index.path = "a model of this shape";
-    index.n_vocab = check_dimension(index, RWKV_ERROR_ARGS, "n_vocab", n_vocab, max_vocab);
-    index.n_embed = check_dimension(index, RWKV_ERROR_ARGS, "n_embed", n_embed, max_embed);
-    index.n_layer = check_dimension(index, RWKV_ERROR_ARGS, "n_layer", n_layer, max_layers);
-    index.n_ffn = 4 * n_embed;
     index.size = header_size;
-    if (ggml_type_traits(type)->quantized && n_embed % GGML_ROW_UNIT != 0) {
-        fail(RWKV_ERROR_ARGS | RWKV_ERROR_DIMENSION,
-             "n_embed is %zu, but %s needs a multiple of %d", n_embed, type_name(type),
-             GGML_ROW_UNIT);
-    }
-    each_needed(n_layer, [&](const Slot & slot, size_t layer) {
-        Tensor tensor = {tensor_name(slot, layer), GGML_TYPE_FP32, {}, 1, 0, 0, 0, &slot, layer};
-        if (slot.kind != VECTOR) {
-            const bool is_float = slot.kind != MATRIX && type != GGML_TYPE_FP32;
-            tensor.type = is_float ? GGML_TYPE_FP16 : type;
-            tensor.rows = index.*slot.rows;
+    index.shape = shape;
+    each_needed(shape.n_layer, [&](const Slot & slot, size_t layer) {
+        Tensor tensor = {tensor_name(slot, layer),
+                         GGML_TYPE_FP32,
+                         expected_dims(slot, shape),
+                         1,
+                         shape.*slot.cols,
+                         0,
+                         0,
+                         &slot,
+                         layer};
+        if (!is_vector(tensor)) {
+            tensor.rows = shape.*slot.rows;
+            const bool table = slot.kind != MATRIX && type != GGML_TYPE_FP32;
+            tensor.type = table ? GGML_TYPE_FP16 : type;
         }
-        tensor.cols = index.*slot.cols;
         tensor.size = tensor.rows * (uint64_t)ggml_row_size(tensor.type, tensor.cols);
-        const size_t n_dims = slot.kind == VECTOR ? 1 : 2;
-        index.size += (3 + n_dims) * sizeof(int32_t) + tensor.name.size() + tensor.size;
+        index.size += (3 + tensor.dims.size()) * sizeof(int32_t) + tensor.name.size() + tensor.size;
         index.tensors.push_back(std::move(tensor));
     });
     return index;
@@ -601,14 +612,17 @@ Pool create_pool() {
     return pool;
 }
 
-// The threads of a call, its own one among them. One thread never waits for others.
+// The threads of a call, its own one among them; one alone never waits for others. Meanwhile the
+// caller's floating-point environment gives way to that in which results are defined.
 class Team {
   public:
-    Team(const Pool & pool, unsigned n_threads) : pool_(n_threads > 1 ? pool.get() : nullptr) {
+    Team(const Pool & pool, unsigned n_threads)
+        : pool_(n_threads > 1 ? pool.get() : nullptr), saved_(ggml_fp_enter()) {
         if (pool_ != nullptr) ggml_pool_acquire(pool_, n_threads);
     }
     ~Team() {
         if (pool_ != nullptr) ggml_pool_release(pool_);
+        ggml_fp_leave(saved_);
     }
     Team(const Team &) = delete;
     Team & operator=(const Team &) = delete;
@@ -616,15 +630,12 @@ class Team {
     // Calls f(first, last) for pieces of [0, n) that are multiples of `unit`; f throws nothing.
     template <class F> void run(size_t n, size_t unit, F f) const {
         const auto work = [](void * arg, size_t first, size_t last) { (*(F *)arg)(first, last); };
-        if (pool_ == nullptr || n <= unit) {
-            f((size_t)0, n);
-        } else {
-            ggml_pool_run(pool_, work, &f, n, unit);
-        }
+        ggml_pool_run(pool_, work, &f, n, unit);
     }
 
   private:
     ggml_pool * pool_;
+    uint64_t saved_;
 };
 
 // The smallest number that any thread has found.
@@ -639,18 +650,6 @@ class Least {
 
   private:
     std::atomic<uint64_t> value_{none};
-};
-
-// Rounds to nearest and keeps denormals, whatever the caller has set.
-class FloatEnvironment {
-  public:
-    FloatEnvironment() : saved_(ggml_fp_enter()) {}
-    ~FloatEnvironment() { ggml_fp_leave(saved_); }
-    FloatEnvironment(const FloatEnvironment &) = delete;
-    FloatEnvironment & operator=(const FloatEnvironment &) = delete;
-
-  private:
-    uint64_t saved_;
 };
 
 struct Progress {
@@ -683,7 +682,7 @@ void each_slab(const InputFile & file, const Tensor & tensor, size_t unit,
 }
 
 struct Model {
-    Index shape;  // without its table of tensors
+    Shape shape = {};
     const ggml_kernels * kernels = nullptr;
     Weights weights;
     Mapping mapping;
@@ -696,56 +695,50 @@ bool is_packed(const Tensor & tensor) {
     return ggml_type_traits(tensor.type)->quantized && tensor.slot->kind != EMBEDDING;
 }
 
-bool is_needed(const Tensor & tensor) {
-    return tensor.slot->place != FIRST_LAYER || tensor.layer == 0;
-}
-
 // Bytes that a tensor takes in private memory; 0: it stays in the mapped file.
 uint64_t private_size(const Tensor & tensor, bool mmap) {
-    if (!is_needed(tensor)) return 0;
     if (is_packed(tensor)) return ggml_stripes_size(tensor.type, tensor.rows, tensor.cols);
-    return tensor.slot->kind == VECTOR || !mmap ? tensor.size : 0;
+    return is_vector(tensor) || !mmap ? tensor.size : 0;
 }
 
-uint64_t arena_size(const Index & index, bool mmap) {
-    uint64_t size = 0;
-    for (const Tensor & tensor : index.tensors) size += aligned(private_size(tensor, mmap));
-    return size;
-}
+struct Sizes {
+    uint64_t arena, mapped;
+};
 
-uint64_t mapped_size(const Index & index, bool mmap) {
-    uint64_t size = 0;
+Sizes sizes_of(const Index & index, bool mmap) {
+    Sizes sizes = {};
     for (const Tensor & tensor : index.tensors) {
-        if (is_needed(tensor) && private_size(tensor, mmap) == 0) size += tensor.size;
+        if (!is_needed(tensor)) continue;
+        const uint64_t size = private_size(tensor, mmap);
+        sizes.arena += aligned(size);
+        if (size == 0) sizes.mapped += tensor.size;
     }
-    return size;
+    return sizes;
 }
 
-void pack(const Index & index, const InputFile & file, const Tensor & tensor, const Team & team,
+// Repacks a tensor slab by slab, each as a matrix of its own.
+void pack(const InputFile & file, const Tensor & tensor, const Team & team,
           const Progress & progress, uint8_t * stripes) {
     const size_t stripe_size = ggml_stripe_size(tensor.type, tensor.cols);
-    each_slab(file, tensor, GGML_STRIPE, progress,
-              [&](size_t first_row, size_t rows, const uint8_t * bytes) {
-                  // Each slab is a matrix of its own.
-                  uint8_t * to = stripes + first_row / GGML_STRIPE * stripe_size;
-                  Least bad_block;
-                  team.run(rows, GGML_STRIPE, [&](size_t first, size_t last) {
-                      size_t bad;
-                      if (!ggml_pack_stripes(tensor.type, rows, tensor.cols, bytes, to, first, last,
-                                             &bad)) {
-                          bad_block.offer(bad);
-                      }
-                  });
-                  if (bad_block.get() == Least::none) return;
-                  const size_t blocks_per_row =
-                      tensor.cols / ggml_type_traits(tensor.type)->block_size;
-                  fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_DATA,
-                       "%s: tensor '%s': block %llu of %s has an outlier where none can be "
-                       "(the file is damaged)",
-                       index.path.c_str(), tensor.name.c_str(),
-                       (unsigned long long)(first_row * blocks_per_row + bad_block.get()),
-                       type_name(tensor.type));
-              });
+    const auto pack_slab = [&](size_t first_row, size_t rows, const uint8_t * bytes) {
+        uint8_t * to = stripes + first_row / GGML_STRIPE * stripe_size;
+        Least bad_block;
+        team.run(rows, GGML_STRIPE, [&](size_t first, size_t last) {
+            size_t bad;
+            const bool good =
+                ggml_pack_stripes(tensor.type, rows, tensor.cols, bytes, to, first, last, &bad);
+            if (!good) bad_block.offer(bad);
+        });
+        if (bad_block.get() == Least::none) return;
+        const size_t blocks_before =
+            first_row * tensor.cols / ggml_type_traits(tensor.type)->block_size;
+        fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_DATA,
+             "%s: tensor '%s': block %llu of %s has an outlier where none can be "
+             "(the file is damaged)",
+             file.path(), tensor.name.c_str(),
+             (unsigned long long)(blocks_before + bad_block.get()), type_name(tensor.type));
+    };
+    each_slab(file, tensor, GGML_STRIPE, progress, pack_slab);
 }
 
 std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & options,
@@ -760,39 +753,35 @@ std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & o
     model->pool = create_pool();
 
     const InputFile file(path);
-    Index index = read_index(file);
-    model->weights.layers.resize(index.n_layer);
-    model->arena.allocate(arena_size(index, options.mmap), "the model");
-    if (mapped_size(index, options.mmap) > 0) model->mapping.open(file);
+    const Index index = read_index(file);
+    const Sizes sizes = sizes_of(index, options.mmap);
+    model->shape = index.shape;
+    model->weights.layers.resize(index.shape.n_layer);
+    model->arena.allocate(sizes.arena, "the model");
+    if (sizes.mapped > 0) model->mapping.open(file);
 
     const Team team(model->pool, n_threads);
     const Progress progress = {options.progress, options.progress_user, file.size()};
-    uint64_t used = 0;
+    uint8_t * next = model->arena.data();
     for (const Tensor & tensor : index.tensors) {
         if (!is_needed(tensor)) continue;
         const Slot & slot = *tensor.slot;
-        Weight & weight = slot.place == MODEL ? model->weights.*slot.of_model
-                                              : model->weights.layers[tensor.layer].*slot.of_layer;
-        static_cast<ggml_matrix &>(weight) = {tensor.type, tensor.rows, tensor.cols, nullptr};
+        Weight & weight = slot.of_model != nullptr
+                              ? model->weights.*slot.of_model
+                              : model->weights.layers[tensor.layer].*slot.of_layer;
         const uint64_t size = private_size(tensor, options.mmap);
-        if (size == 0) {
-            weight.data = model->mapping.data() + tensor.offset;
-            if (options.prefault) model->mapping.prefault(tensor.offset, tensor.size);
-        } else {
-            uint8_t * to = model->arena.data() + used;
-            used += aligned(size);
-            weight.data = to;
-            if (is_packed(tensor)) {
-                pack(index, file, tensor, team, progress, to);
-            } else {
-                file.read(tensor.offset, to, (size_t)tensor.size);
-            }
+        const uint8_t * data = size > 0 ? next : model->mapping.data() + tensor.offset;
+        weight = {{tensor.type, tensor.rows, tensor.cols, data}};
+        if (is_packed(tensor)) {
+            pack(file, tensor, team, progress, next);
+        } else if (size > 0) {
+            file.read(tensor.offset, next, (size_t)size);
+        } else if (options.prefault) {
+            model->mapping.prefault(tensor.offset, tensor.size);
         }
+        next += aligned(size);
         progress(tensor.offset + tensor.size);
     }
-    index.tensors.clear();
-    index.tensors.shrink_to_fit();
-    model->shape = std::move(index);
     return model;
 }
 
@@ -808,13 +797,15 @@ enum StateVector {
     STATE_VECTORS
 };
 
-size_t state_length(const Index & shape) {
+size_t state_length(const Shape & shape) {
     return STATE_VECTORS * shape.n_embed * shape.n_layer;
 }
 
-void initial_state(const Index & shape, float * state) {
+// state: may be misaligned.
+void initial_state(const Shape & shape, float * state) {
     for (size_t i = 0; i < state_length(shape); i++) {
-        state[i] = i / shape.n_embed % STATE_VECTORS == PP ? -1e30f : 0.0f;
+        const float value = i / shape.n_embed % STATE_VECTORS == PP ? -1e30f : 0.0f;
+        std::memcpy((char *)state + i * sizeof value, &value, sizeof value);
     }
 }
 
@@ -843,7 +834,7 @@ struct Scratch {
 constexpr size_t max_logit_rows = 32;
 
 // Divides memory at `base` among the vectors; NULL just counts. Returns the number of bytes.
-uint64_t lay_out(Scratch & s, const Index & shape, uint8_t * base) {
+uint64_t lay_out(Scratch & s, const Shape & shape, uint8_t * base) {
     uint64_t used = 0;
     const auto take = [&](uint64_t n) {
         uint8_t * p = base == nullptr ? nullptr : base + used;
@@ -863,13 +854,19 @@ uint64_t lay_out(Scratch & s, const Index & shape, uint8_t * base) {
     return used;
 }
 
-// A run of rows that are consecutive tokens of one sequence.
+// One sequence on its way through an evaluation.
+struct Run {
+    rwkv_sequence sequence;
+    float * state;    // in the context's memory, advanced chunk by chunk
+    float * hidden;   // the head's inputs for the last tokens: for logits and hidden_out …
+    size_t n_hidden;  // … and for how many
+};
+
+// Rows of a chunk that are consecutive tokens of one sequence.
 struct Segment {
-    size_t first, last;      // rows of the chunk
-    float * state;           // of the sequence, before the first row and then after the last
-    const uint32_t * token;  // of the first row; may be misaligned
-    float * hidden;          // where the head's inputs of the last rows go …
-    size_t n_hidden;         // … and of how many
+    const Run * run;
+    size_t first, last;  // rows
+    size_t token;        // of the first row: its place in the sequence
 };
 
 struct Chunk {
@@ -877,6 +874,12 @@ struct Chunk {
     Segment segments[max_rows];
     uint16_t segment_of[max_rows];  // by row
 };
+
+uint32_t token_at(const rwkv_sequence & s, size_t i) {  // s.tokens: may be misaligned
+    uint32_t token;
+    std::memcpy(&token, (const char *)s.tokens + i * sizeof token, sizeof token);
+    return token;
+}
 
 // One pass over the weights: a chunk of tokens through all layers.
 struct Forward {
@@ -897,7 +900,7 @@ struct Forward {
     const Segment & segment(size_t t) const { return chunk.segments[chunk.segment_of[t]]; }
 
     float * state(const Segment & segment, size_t layer, StateVector v) const {
-        return segment.state + (layer * STATE_VECTORS + v) * n;
+        return segment.run->state + (layer * STATE_VECTORS + v) * n;
     }
 
     void quantize(const Weight & w, const Rows & in, size_t t) const {
@@ -959,8 +962,8 @@ struct Forward {
         const Layer & l = model.weights.layers[0];
         const size_t row_size = ggml_row_size(emb.type, n);
         each_row([&](size_t t) {
-            uint32_t token;
-            std::memcpy(&token, segment(t).token + (t - segment(t).first), sizeof token);
+            const Segment & in = segment(t);
+            const uint32_t token = token_at(in.run->sequence, in.token + t - in.first);
             ggml_dequantize_row(emb.type, (const uint8_t *)emb.data + token * row_size, s.x[t], n);
             kernels.layer_norm(n, s.x[t], l.ln0_weight, l.ln0_bias, s.x[t]);
         });
@@ -1020,13 +1023,15 @@ struct Forward {
         each_row([&](size_t t) { kernels.sigmoid_mul_add(n, s.r[t], s.v[t], s.x[t]); });
     }
 
-    // What the head sees of the rows that somebody asked for.
+    // What the head sees of the last tokens, of as many as each sequence wants.
     void keep_hidden() const {
         const Weights & w = model.weights;
         each_row([&](size_t t) {
             const Segment & in = segment(t);
-            if (t < in.last - in.n_hidden) return;
-            float * hidden = in.hidden + (t - (in.last - in.n_hidden)) * n;
+            const Run & run = *in.run;
+            const size_t until_end = run.sequence.n_tokens - (in.token + t - in.first);
+            if (until_end > run.n_hidden) return;
+            float * hidden = run.hidden + (run.n_hidden - until_end) * n;
             kernels.layer_norm(n, s.x[t], w.ln_out_weight, w.ln_out_bias, hidden);
         });
     }
@@ -1042,14 +1047,6 @@ struct Forward {
 };
 
 // ==== Evaluation =================================================================================
-
-// One sequence on its way through an evaluation.
-struct Run {
-    rwkv_sequence sequence;
-    float * state;   // in the context's memory, advanced chunk by chunk
-    float * hidden;  // n_hidden rows: for the logits and for hidden_out
-    size_t n_hidden;
-};
 
 struct Span {
     uintptr_t first, last;
@@ -1101,7 +1098,7 @@ struct rwkv_context : Reporter {
 
 namespace {
 
-uint64_t run_memory_size(const Index & shape, size_t n_sequences, size_t n_hidden) {
+uint64_t run_memory_size(const Shape & shape, size_t n_sequences, size_t n_hidden) {
     return (n_sequences * (uint64_t)state_length(shape) + n_hidden * (uint64_t)shape.n_embed) *
            sizeof(float);
 }
@@ -1114,7 +1111,7 @@ unsigned checked_threads(uint32_t n_threads) {
 
 rwkv_context * create_context(std::shared_ptr<const Model> model, unsigned n_threads) {
     auto ctx = std::make_unique<rwkv_context>();
-    const Index & shape = model->shape;
+    const Shape & shape = model->shape;
     ctx->scratch_memory.allocate(lay_out(ctx->scratch, shape, nullptr), "a context");
     lay_out(ctx->scratch, shape, ctx->scratch_memory.data());
     ctx->run_memory.allocate(run_memory_size(shape, 1, 1), "a context");
@@ -1136,8 +1133,7 @@ void check_sequence(const Model & model, const rwkv_sequence & s, size_t number)
              s.n_logits, s.n_tokens);
     }
     for (size_t i = 0; i < s.n_tokens; i++) {
-        uint32_t token;
-        std::memcpy(&token, (const char *)s.tokens + i * sizeof token, sizeof token);
+        const uint32_t token = token_at(s, i);
         if (token < model.shape.n_vocab) continue;
         fail(RWKV_ERROR_ARGS, "%s: token %zu is %u, expected less than n_vocab = %zu", who.c_str(),
              i, token, model.shape.n_vocab);
@@ -1155,7 +1151,7 @@ void add_span(std::vector<Span> & spans, const void * p, size_t n, size_t size, 
 
 // Outputs overlap nothing, but a state_out may be the state_in of its own sequence.
 void check_overlaps(rwkv_context & ctx) {
-    const Index & shape = ctx.model->shape;
+    const Shape & shape = ctx.model->shape;
     std::vector<Span> & spans = ctx.spans;
     for (const Run & run : ctx.runs) {
         const rwkv_sequence & s = run.sequence;
@@ -1184,7 +1180,7 @@ void check_overlaps(rwkv_context & ctx) {
 // logits come first, in the order of the sequences. Returns how many those are.
 size_t start_runs(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_sequences,
                   size_t sizeof_sequence) {
-    const Index & shape = ctx.model->shape;
+    const Shape & shape = ctx.model->shape;
     ctx.runs.clear();
     ctx.spans.clear();
     add_span(ctx.spans, sequences, n_sequences, sizeof_sequence, false);
@@ -1226,30 +1222,44 @@ size_t start_runs(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_
 }
 
 // Fills a chunk with the next tokens, sequence after sequence: `token` of runs[run] is the first.
-void next_chunk(rwkv_context & ctx, size_t & run, size_t & token) {
-    Chunk & chunk = ctx.chunk;
+void next_chunk(Chunk & chunk, const std::vector<Run> & runs, size_t & run, size_t & token) {
     chunk.n_rows = chunk.n_segments = 0;
-    while (run < ctx.runs.size() && chunk.n_rows < max_rows) {
-        const Run & r = ctx.runs[run];
-        const size_t n_tokens = r.sequence.n_tokens;
-        const size_t rows = std::min(max_rows - chunk.n_rows, n_tokens - token);
-        const size_t first_hidden = std::max(token, n_tokens - r.n_hidden);
-        Segment & segment = chunk.segments[chunk.n_segments];
-        segment.first = chunk.n_rows;
-        segment.last = chunk.n_rows + rows;
-        segment.state = r.state;
-        segment.token = r.sequence.tokens + token;
-        segment.n_hidden = token + rows - std::min(token + rows, first_hidden);
-        segment.hidden =
-            r.hidden + (first_hidden - (n_tokens - r.n_hidden)) * ctx.model->shape.n_embed;
-        std::fill(chunk.segment_of + segment.first, chunk.segment_of + segment.last,
-                  (uint16_t)chunk.n_segments);
-        chunk.n_segments++;
-        chunk.n_rows += rows;
-        token += rows;
-        if (token == n_tokens) {
+    while (run < runs.size() && chunk.n_rows < max_rows) {
+        const size_t left = runs[run].sequence.n_tokens - token;
+        const size_t first = chunk.n_rows, last = std::min(first + left, max_rows);
+        std::fill(chunk.segment_of + first, chunk.segment_of + last, (uint16_t)chunk.n_segments);
+        chunk.segments[chunk.n_segments++] = {&runs[run], first, last, token};
+        chunk.n_rows = last;
+        token += last - first;
+        if (token == runs[run].sequence.n_tokens) {
             run++;
             token = 0;
+        }
+    }
+}
+
+// Copies states and hidden vectors out and computes logits: nothing here fails.
+void write_results(const rwkv_context & ctx, const Forward & forward, size_t n_logits) {
+    const Shape & shape = ctx.model->shape;
+    const auto write = [](float * to, const float * from, size_t n) {  // to: may be misaligned
+        if (to != nullptr) std::memcpy((char *)to, from, n * sizeof(float));
+    };
+    for (const Run & run : ctx.runs) {
+        write(run.sequence.state_out, run.state, state_length(shape));
+        if (run.n_hidden == 0) continue;
+        write(run.sequence.hidden_out, run.hidden + (run.n_hidden - 1) * shape.n_embed,
+              shape.n_embed);
+    }
+    float * hidden = (float *)ctx.run_memory.data() + ctx.runs.size() * state_length(shape);
+    const Run * run = ctx.runs.data();
+    size_t row = 0;  // of the logits of *run
+    for (size_t first = 0; first < n_logits; first += max_logit_rows) {
+        const size_t rows = std::min(max_logit_rows, n_logits - first);
+        forward.head(hidden + first * shape.n_embed, rows);
+        for (size_t t = 0; t < rows; t++, row++) {
+            for (; row == run->sequence.n_logits; run++) row = 0;
+            write(run->sequence.logits_out + row * shape.n_vocab, ctx.scratch.logits[t],
+                  shape.n_vocab);
         }
     }
 }
@@ -1258,42 +1268,20 @@ void evaluate(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_sequ
               size_t sizeof_sequence) {
     const Turn turn(ctx.phase);
     const size_t n_logits = start_runs(ctx, sequences, n_sequences, sizeof_sequence);
-    const FloatEnvironment environment;
-    const Model & model = *ctx.model;
-    const Team team(model.pool, ctx.n_threads);
-    const Forward forward = {model, ctx.scratch, team, ctx.chunk};
+    const Team team(ctx.model->pool, ctx.n_threads);
+    const Forward forward = {*ctx.model, ctx.scratch, team, ctx.chunk};
     for (size_t run = 0, token = 0; run < ctx.runs.size();) {
-        next_chunk(ctx, run, token);
+        next_chunk(ctx.chunk, ctx.runs, run, token);
         forward.embed();
-        for (size_t layer = 0; layer < model.shape.n_layer; layer++) {
+        for (size_t layer = 0; layer < ctx.model->shape.n_layer; layer++) {
             turn.check();
             forward.time_mixing(layer);
             forward.channel_mixing(layer);
         }
         forward.keep_hidden();
     }
-
     turn.begin_writing();
-    const size_t n = model.shape.n_embed, n_vocab = model.shape.n_vocab;
-    const auto write = [](float * to, const float * from, size_t count) {  // to: maybe misaligned
-        if (to != nullptr) std::memcpy((void *)to, from, count * sizeof(float));
-    };
-    for (const Run & run : ctx.runs) {
-        write(run.sequence.state_out, run.state, state_length(model.shape));
-        if (run.n_hidden > 0)
-            write(run.sequence.hidden_out, run.hidden + (run.n_hidden - 1) * n, n);
-    }
-    float * hidden = (float *)ctx.run_memory.data() + n_sequences * state_length(model.shape);
-    const Run * run = ctx.runs.data();
-    size_t row = 0;  // of the logits of *run
-    for (size_t first = 0; first < n_logits; first += max_logit_rows) {
-        const size_t rows = std::min(max_logit_rows, n_logits - first);
-        forward.head(hidden + first * n, rows);
-        for (size_t t = 0; t < rows; t++, row++) {
-            for (; row == run->sequence.n_logits; run++) row = 0;
-            write(run->sequence.logits_out + row * n_vocab, ctx.scratch.logits[t], n_vocab);
-        }
-    }
+    write_results(ctx, forward, n_logits);
 }
 
 // ==== Quantizing a file ==========================================================================
@@ -1334,10 +1322,6 @@ Format find_format(const char * name, uint32_t version, uint32_t first) {
          format_names(first).c_str());
 }
 
-ggml_type target_type(const Tensor & tensor, const Format & format) {
-    return tensor.slot->kind == MATRIX ? format.type : tensor.type;
-}
-
 // Checks, before anything is written, that all of the file can be quantized.
 void check_source(const Index & index, const Format & format) {
     const auto refuse_quantized = [&](const std::string & what, ggml_type type) {
@@ -1348,19 +1332,17 @@ void check_source(const Index & index, const Format & format) {
     };
     refuse_quantized("the file", index.type);
     for (const Tensor & tensor : index.tensors) {
-        refuse_quantized("tensor '" + tensor.name + "'", tensor.type);
-        if (tensor.slot->kind != MATRIX || tensor.cols % GGML_ROW_UNIT == 0) continue;
-        fail(RWKV_ERROR_FILE | RWKV_ERROR_DIMENSION,
-             "%s: tensor '%s': rows of %zu weights, but %s needs a multiple of %d",
-             index.path.c_str(), tensor.name.c_str(), tensor.cols, type_name(format.type),
-             GGML_ROW_UNIT);
+        const std::string what = "tensor '" + tensor.name + "'";
+        refuse_quantized(what, tensor.type);
+        if (tensor.slot->kind != MATRIX) continue;
+        check_row(RWKV_ERROR_FILE, index.path + ": " + what, tensor.cols, format.type);
     }
 }
 
 void write_record(OutputFile & out, const Tensor & tensor, ggml_type type) {
-    std::vector<int32_t> numbers = {(int32_t)tensor.shape.size(), (int32_t)tensor.name.size(),
+    std::vector<int32_t> numbers = {(int32_t)tensor.dims.size(), (int32_t)tensor.name.size(),
                                     (int32_t)ggml_type_traits(type)->file_id};
-    numbers.insert(numbers.end(), tensor.shape.rbegin(), tensor.shape.rend());
+    numbers.insert(numbers.end(), tensor.dims.rbegin(), tensor.dims.rend());
     out.write(numbers.data(), numbers.size() * sizeof(int32_t));
     out.write(tensor.name.data(), tensor.name.size());
 }
@@ -1377,24 +1359,25 @@ void write_tensor(OutputFile & out, const InputFile & file, const Tensor & tenso
     const size_t in_size = ggml_row_size(tensor.type, cols), out_size = ggml_row_size(type, cols);
     std::vector<float> weights;
     std::vector<uint8_t> rows_out;
-    each_slab(file, tensor, 1, progress, [&](size_t first_row, size_t rows, const uint8_t * bytes) {
+    const auto write_slab = [&](size_t first_row, size_t rows, const uint8_t * bytes) {
         weights.resize(rows * cols);
         rows_out.resize(rows * out_size);
         Least bad_weight, overflow;
         team.run(rows, 1, [&](size_t first, size_t last) {
             for (size_t r = first; r < last; r++) {
+                const uint8_t * in = bytes + r * in_size;
+                uint8_t * to = rows_out.data() + r * out_size;
                 float * x = weights.data() + r * cols;
-                uint8_t * row = rows_out.data() + r * out_size;
-                ggml_dequantize_row(tensor.type, bytes + r * in_size, x, cols);
+                ggml_dequantize_row(tensor.type, in, x, cols);
                 const size_t bad = first_bad(x, cols);
                 if (bad < cols) bad_weight.offer((first_row + r) * cols + bad);
                 if (type == tensor.type) {
-                    std::memcpy(row, bytes + r * in_size, out_size);
-                    continue;
+                    std::memcpy(to, in, out_size);
+                } else {
+                    ggml_quantize_row(type, x, to, cols);
+                    ggml_dequantize_row(type, to, x, cols);
+                    if (first_bad(x, cols) < cols) overflow.offer(first_row + r);
                 }
-                ggml_quantize_row(type, x, row, cols);
-                ggml_dequantize_row(type, row, x, cols);
-                if (first_bad(x, cols) < cols) overflow.offer(first_row + r);
             }
         });
         if (!allow_nan && bad_weight.get() != Least::none) {
@@ -1410,7 +1393,8 @@ void write_tensor(OutputFile & out, const InputFile & file, const Tensor & tenso
                  file.path(), tensor.name.c_str(), (size_t)overflow.get(), type_name(type));
         }
         out.write(rows_out.data(), rows * out_size);
-    });
+    };
+    each_slab(file, tensor, 1, progress, write_slab);
 }
 
 void quantize_file(const char * path_in, const char * path_out,
@@ -1423,20 +1407,22 @@ void quantize_file(const char * path_in, const char * path_out,
     const Index index = read_index(file);
     check_source(index, format);
 
-    const FloatEnvironment environment;
     const Pool pool = create_pool();
     const Team team(pool, checked_threads(0));
     const Progress progress = {options.progress, options.progress_user, file.size()};
     OutputFile out(path_out, path_in);
     const int32_t header[] = {
-        RWKV_FILE_MAGIC,        (int32_t)format.version,
-        (int32_t)index.n_vocab, (int32_t)index.n_embed,
-        (int32_t)index.n_layer, (int32_t)ggml_type_traits(format.type)->file_id,
+        RWKV_FILE_MAGIC,
+        (int32_t)format.version,
+        (int32_t)index.shape.n_vocab,
+        (int32_t)index.shape.n_embed,
+        (int32_t)index.shape.n_layer,
+        (int32_t)ggml_type_traits(format.type)->file_id,
     };
     static_assert(sizeof header == header_size, "a header is six numbers");
     out.write(header, sizeof header);
     for (const Tensor & tensor : index.tensors) {
-        const ggml_type type = target_type(tensor, format);
+        const ggml_type type = tensor.slot->kind == MATRIX ? format.type : tensor.type;
         write_record(out, tensor, type);
         write_tensor(out, file, tensor, type, options.allow_nan, team, progress);
     }
@@ -1496,16 +1482,17 @@ rwkv_quantize_options checked_options(const rwkv_quantize_options * given) {
 void fill_memory(rwkv_memory * memory, const Index & index, const rwkv_load_options & options) {
     need(memory != nullptr, "memory");
     check_struct(memory, memory->size, sizeof *memory, "rwkv_memory");
+    const Sizes sizes = sizes_of(index, options.mmap);
     Scratch scratch;
     memory->file = index.size;
-    memory->mapped = mapped_size(index, options.mmap);
-    memory->weights = arena_size(index, options.mmap);
-    memory->scratch = lay_out(scratch, index, nullptr) + run_memory_size(index, 1, 1);
-    memory->state = state_length(index) * sizeof(float);
+    memory->mapped = sizes.mapped;
+    memory->weights = sizes.arena;
+    memory->scratch = lay_out(scratch, index.shape, nullptr) + run_memory_size(index.shape, 1, 1);
+    memory->state = state_length(index.shape) * sizeof(float);
 }
 
 // f(shape of the model), or 0 without a context.
-size_t size_of(const rwkv_context * ctx, size_t (*f)(const Index &)) {
+size_t size_of(const rwkv_context * ctx, size_t (*f)(const Shape &)) {
     return ctx == nullptr ? 0 : f(ctx->model->shape);
 }
 
@@ -1588,23 +1575,23 @@ bool rwkv_estimate_shape(size_t n_vocab, size_t n_embed, size_t n_layer, const c
                          const rwkv_load_options * options, rwkv_memory * memory) {
     return guard(nullptr, [&] {
         need(format_name != nullptr, "format_name");
-        const Format format = find_format(format_name, 0, 0);
-        const Index index = imagine_index(n_vocab, n_embed, n_layer, format.type);
-        fill_memory(memory, index, checked_options(options));
+        const ggml_type type = find_format(format_name, 0, 0).type;
+        const Shape shape = {n_vocab, n_embed, n_layer, 4 * n_embed};
+        fill_memory(memory, imagine_index(shape, type), checked_options(options));
         return true;
     });
 }
 
 size_t rwkv_get_n_vocab(const rwkv_context * ctx) {
-    return size_of(ctx, [](const Index & shape) { return shape.n_vocab; });
+    return size_of(ctx, [](const Shape & shape) { return shape.n_vocab; });
 }
 
 size_t rwkv_get_n_embed(const rwkv_context * ctx) {
-    return size_of(ctx, [](const Index & shape) { return shape.n_embed; });
+    return size_of(ctx, [](const Shape & shape) { return shape.n_embed; });
 }
 
 size_t rwkv_get_n_layer(const rwkv_context * ctx) {
-    return size_of(ctx, [](const Index & shape) { return shape.n_layer; });
+    return size_of(ctx, [](const Shape & shape) { return shape.n_layer; });
 }
 
 size_t rwkv_get_state_len(const rwkv_context * ctx) {

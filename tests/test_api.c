@@ -381,6 +381,10 @@ static void test_misaligned(void) { /* A-06 */
         uint32_t * moved = (uint32_t *)(void *)(token_bytes + shift);
         memcpy((char *)moved, tokens + 5, 20 * sizeof *tokens);
         memcpy((char *)in, wanted_states[4], sizeof wanted_states[4]);
+        rwkv_init_state(ctx, out);
+        check(rwkv_eval(ctx, tokens[0], out, NULL, logits) &&
+                  memcmp((char *)logits, wanted_logits[0], sizeof wanted_logits[0]) == 0,
+              "the first state at an odd address");
         check(rwkv_eval_sequence(ctx, moved, 20, in, out, logits) &&
                   memcmp((char *)out, wanted_states[24], sizeof wanted_states[24]) == 0 &&
                   memcmp((char *)logits, wanted_logits[24], sizeof wanted_logits[24]) == 0,
