@@ -25,6 +25,7 @@ FLOORS = [
     {"checkpoint"},
     {"convert", "generate", "info", "perplexity", "quantize", "train"},
     {"cli"},
+    {"__main__"},
 ]
 ONLY_IN = {
     "ctypes": {"library"},
