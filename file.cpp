@@ -2,7 +2,7 @@
 
 #include "file.h"
 
-#include "error.h"
+#include "rwkv_error.h"
 #include "rwkv.h"
 
 #include <algorithm>
@@ -16,6 +16,7 @@
 #include <sys/stat.h>
 #include <sys/types.h>
 #ifdef _WIN32
+#define NOMINMAX
 #include <io.h>
 #include <windows.h>
 #else

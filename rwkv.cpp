@@ -14,7 +14,7 @@
 
 #include "rwkv.h"
 
-#include "error.h"
+#include "rwkv_error.h"
 #include "file.h"
 #include "ggml/ggml.h"
 
@@ -23,7 +23,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <initializer_list>
 #include <limits>
 #include <memory>

@@ -1,4 +1,4 @@
-/* error.h: the one exception of this library; it never leaves it (see guard() in rwkv.cpp). */
+/* rwkv_error.h: the one exception of this library; it never leaves it (see guard() in rwkv.cpp). */
 #ifndef RWKV_ERROR_H
 #define RWKV_ERROR_H
 
