@@ -1,0 +1,422 @@
+/* The arithmetic in AVX-512 with VNNI. A stripe's 16 rows are one register; integers are multiplied
+ * as bytes (vpdpbusd: unsigned codes, signed activations), in two passes over an activation's high
+ * and low part. */
+#include <float.h>
+#include <immintrin.h>
+#include <string.h>
+
+#include "cpu.h"
+#include "kernels.h"
+
+enum { MOST = 8 /* vectors that share an unpacked block */ };
+
+/* ---- Quantized matrices --------------------------------------------------------------------- */
+
+GGML_INLINE __m512 load_scales(const uint8_t * from, bool wide) {
+    if (wide) return _mm512_loadu_ps(from);
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)from));
+}
+
+/* Bytes of weights 4u..4u+3, u in 0..7, one row per 32-bit lane; signed codes are raised by 128. */
+GGML_INLINE __m512i load_codes(const struct ggml_layout * layout, const uint8_t * qs, __m512i qh,
+                               int u) {
+    if (layout->bits == 8)
+        return _mm512_xor_si512(_mm512_loadu_si512(qs + 64 * u), _mm512_set1_epi8(-128));
+    __m512i codes = _mm512_loadu_si512(qs + 64 * (u / 2));
+    if (u % 2) codes = _mm512_srli_epi16(codes, 4);
+    codes = _mm512_and_si512(codes, _mm512_set1_epi8(15));
+    if (layout->bits == 5) {
+        __m512i fifth = u < 4 ? _mm512_slli_epi16(qh, (unsigned)(4 - u))
+                              : _mm512_srli_epi16(qh, (unsigned)(u - 4));
+        codes = _mm512_or_si512(codes, _mm512_and_si512(fifth, _mm512_set1_epi8(16)));
+    }
+    return codes;
+}
+
+GGML_INLINE __m512i broadcast_four(const int8_t * from) {
+    int32_t four;
+    memcpy(&four, from, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+/* acc = fma(v, x_i, acc), acc = fma(-m, a_i * d, acc) in the rows that have an outlier. */
+GGML_INLINE __m512 add_outliers(const uint8_t * block, const struct ggml_stripe_block * at,
+                                const float * x, const struct ggml_act * act, __m512 m,
+                                __m512 acc) {
+    const __m256i * a = (const __m256i *)(const void *)act->a;
+    __m512i index = _mm512_cvtepi16_epi32(
+        _mm256_loadu_si256((const __m256i *)(const void *)(block + at->index)));
+    __mmask16 has = _mm512_cmpge_epi32_mask(index, _mm512_setzero_si512());
+    /* in slot order, as the indices count */
+    __m512 x0 = _mm512_permute_ps(_mm512_loadu_ps(x), _MM_SHUFFLE(3, 1, 2, 0));
+    __m512 x1 = _mm512_permute_ps(_mm512_loadu_ps(x + 16), _MM_SHUFFLE(3, 1, 2, 0));
+    __m512 a0 = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_load_si256(a)));
+    __m512 a1 = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_load_si256(a + 1)));
+    __m512 a_i = _mm512_mul_ps(_mm512_permutex2var_ps(a0, index, a1), _mm512_set1_ps(act->d));
+    acc = _mm512_mask3_fmadd_ps(load_scales(block + at->outlier, false),
+                                _mm512_permutex2var_ps(x0, index, x1), acc, has);
+    return _mm512_mask3_fnmadd_ps(m, a_i, acc, has);
+}
+
+/* One stripe times n vectors, n a constant. */
+GGML_INLINE void stripe_times(enum ggml_type type, int n, const uint8_t * stripe, size_t blocks,
+                              const struct ggml_act * const * acts, const float * const * xs,
+                              __m512 * acc) {
+    const struct ggml_layout * layout = &ggml_layouts[type];
+    const struct ggml_stripe_block at = ggml_stripe_block(type);
+    const int parts = 32 / layout->size, units = layout->size / 4;
+    const int zero = layout->bits == 8 ? 128 : layout->zero;
+    for (size_t b = 0; b < blocks; b++) {
+        const uint8_t * block = stripe + b * at.size;
+        __m512i qh = _mm512_setzero_si512();
+        if (layout->bits == 5) qh = _mm512_loadu_si512(block + at.qh);
+        for (int part = 0; part < parts; part++) {
+            const size_t scale = (size_t)part * GGML_STRIPE * (layout->wide ? 4 : 2);
+            __m512i hi[MOST], lo[MOST];
+            for (int i = 0; i < n; i++) {
+                int32_t a = parts == 2 ? acts[i][b].sum_half[part] : acts[i][b].sum;
+                hi[i] = _mm512_setzero_si512();
+                lo[i] = _mm512_set1_epi32(-zero * a);
+            }
+#pragma GCC unroll 8
+            for (int u = part * units; u < (part + 1) * units; u++) {
+                const __m512i codes = load_codes(layout, block + at.qs, qh, u);
+                for (int i = 0; i < n; i++) {
+                    const struct ggml_act * act = acts[i] + b;
+                    hi[i] = _mm512_dpbusd_epi32(hi[i], codes, broadcast_four(act->hi + 4 * u));
+                    lo[i] = _mm512_dpbusd_epi32(lo[i], codes, broadcast_four(act->lo + 4 * u));
+                }
+            }
+            const __m512 d = load_scales(block + at.d + scale, layout->wide);
+            __m512 m = _mm512_setzero_ps();
+            if (layout->min) m = load_scales(block + at.m + scale, layout->wide);
+            for (int i = 0; i < n; i++) {
+                const struct ggml_act * act = acts[i] + b;
+                __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(hi[i], 7), lo[i]);
+                __m512 t = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(act->d));
+                acc[i] = _mm512_fmadd_ps(d, t, acc[i]);
+                if (!layout->min) continue;
+                __m512 s = _mm512_set1_ps(parts == 2 ? act->s_half[part] : act->s);
+                acc[i] = _mm512_fmadd_ps(m, s, acc[i]);
+                if (layout->outlier)
+                    acc[i] = add_outliers(block, &at, xs[i] + 32 * b, act, m, acc[i]);
+            }
+        }
+    }
+}
+
+/* Vectors [t, t + n) of the input, n a constant. */
+GGML_INLINE void stripes_times(enum ggml_type type, int n, const struct ggml_matrix * w,
+                               const struct ggml_input * in, size_t t, float * y, size_t ldy,
+                               size_t first, size_t last) {
+    const size_t stripe_size = ggml_stripe_size(type, w->cols);
+    const struct ggml_act * acts[MOST];
+    const float * xs[MOST];
+    for (int i = 0; i < n; i++) {
+        acts[i] = ggml_act_of(in, t + (size_t)i, ggml_act_size(w->cols));
+        xs[i] = in->x + (t + (size_t)i) * in->ldx;
+    }
+    for (size_t row = first; row < last; row += GGML_STRIPE) {
+        __m512 acc[MOST];
+        for (int i = 0; i < n; i++) acc[i] = _mm512_setzero_ps();
+        stripe_times(type, n, (const uint8_t *)w->data + row / GGML_STRIPE * stripe_size,
+                     w->cols / 32, acts, xs, acc);
+        const __mmask16 rows = (__mmask16)(last - row < 16 ? (1u << (last - row)) - 1 : 0xFFFF);
+        for (int i = 0; i < n; i++)
+            _mm512_mask_storeu_ps(y + (t + (size_t)i) * ldy + row, rows, acc[i]);
+    }
+}
+
+GGML_INLINE void matmul_stripes(enum ggml_type type, const struct ggml_matrix * w,
+                                const struct ggml_input * in, float * y, size_t ldy, size_t first,
+                                size_t last) {
+    size_t t = 0;
+    for (; in->n - t >= 8; t += 8) stripes_times(type, 8, w, in, t, y, ldy, first, last);
+    for (; in->n - t >= 4; t += 4) stripes_times(type, 4, w, in, t, y, ldy, first, last);
+    for (; in->n - t >= 2; t += 2) stripes_times(type, 2, w, in, t, y, ldy, first, last);
+    if (t < in->n) stripes_times(type, 1, w, in, t, y, ldy, first, last);
+}
+
+#define INSTANCE(TYPE)                                                                             \
+    static void matmul_##TYPE(const struct ggml_matrix * w, const struct ggml_input * in,          \
+                              float * y, size_t ldy, size_t first, size_t last) {                  \
+        matmul_stripes(GGML_TYPE_##TYPE, w, in, y, ldy, first, last);                              \
+    }
+
+INSTANCE(Q4_0_V100)
+INSTANCE(Q4_1_V100)
+INSTANCE(Q4_1_O)
+INSTANCE(Q4_2)
+INSTANCE(Q4_3)
+INSTANCE(Q4_0)
+INSTANCE(Q4_1)
+INSTANCE(Q5_0)
+INSTANCE(Q5_1)
+INSTANCE(Q8_0_V100)
+INSTANCE(Q8_0)
+
+/* ---- FP32 and FP16 matrices ----------------------------------------------------------------- */
+
+/* The first n lanes of 16, all if n is more. */
+GGML_INLINE __mmask16 lanes(size_t n) {
+    return (__mmask16)(n < 16 ? (1u << n) - 1 : 0xFFFF);
+}
+
+GGML_INLINE __m512 load(const float * from, size_t n) {
+    return _mm512_maskz_loadu_ps(lanes(n), from);
+}
+
+GGML_INLINE void store(float * to, size_t n, __m512 value) {
+    _mm512_mask_storeu_ps(to, lanes(n), value);
+}
+
+/* The tree at the end of a sum over 16 lanes. */
+GGML_INLINE float sum_lanes(__m512 v) {
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+/* Weights [k, k + 16) of a row, of which n exist. */
+GGML_INLINE __m512 load_weights(const uint8_t * row, size_t k, size_t n, bool wide) {
+    if (wide) return load((const float *)(const void *)row + k, n);
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(n), row + 2 * k));
+}
+
+/* A tile of rows × n vectors, both constants: as many sums in flight as hide the latency. */
+GGML_INLINE void rows_times(bool wide, int rows, int n, const struct ggml_matrix * w,
+                            const struct ggml_input * in, size_t t, float * y, size_t ldy,
+                            size_t row) {
+    const size_t row_size = w->cols * (wide ? 4 : 2);
+    const uint8_t * data = (const uint8_t *)w->data + row * row_size;
+    const float * x = in->x + t * in->ldx;
+    __m512 acc[8][4];
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < n; i++) acc[r][i] = _mm512_setzero_ps();
+    size_t k = 0;
+    for (; w->cols - k >= 16; k += 16) {
+        __m512 xs[4];
+        for (int i = 0; i < n; i++) xs[i] = _mm512_loadu_ps(x + (size_t)i * in->ldx + k);
+        for (int r = 0; r < rows; r++) {
+            const __m512 weights = load_weights(data + (size_t)r * row_size, k, 16, wide);
+            for (int i = 0; i < n; i++) acc[r][i] = _mm512_fmadd_ps(weights, xs[i], acc[r][i]);
+        }
+    }
+    const size_t rest = w->cols - k;
+    for (int r = 0; r < rows; r++) {
+        const __m512 weights = load_weights(data + (size_t)r * row_size, k, rest, wide);
+        for (int i = 0; i < n; i++) {
+            const __m512 xs = load(x + (size_t)i * in->ldx + k, rest);
+            /* lanes without a weight stay as they are, even their zeros' signs */
+            acc[r][i] = _mm512_mask3_fmadd_ps(weights, xs, acc[r][i], lanes(rest));
+            y[(t + (size_t)i) * ldy + row + (size_t)r] = sum_lanes(acc[r][i]);
+        }
+    }
+}
+
+GGML_INLINE void matmul_rows(bool wide, const struct ggml_matrix * w, const struct ggml_input * in,
+                             float * y, size_t ldy, size_t first, size_t last) {
+    size_t row = first;
+    if (in->n == 1)
+        for (; last - row >= 8; row += 8) rows_times(wide, 8, 1, w, in, 0, y, ldy, row);
+    for (; last - row >= 4; row += 4) {
+        size_t t = 0;
+        for (; in->n - t >= 4; t += 4) rows_times(wide, 4, 4, w, in, t, y, ldy, row);
+        for (; in->n - t >= 2; t += 2) rows_times(wide, 4, 2, w, in, t, y, ldy, row);
+        if (t < in->n) rows_times(wide, 4, 1, w, in, t, y, ldy, row);
+    }
+    for (; row < last; row++)
+        for (size_t t = 0; t < in->n; t++) rows_times(wide, 1, 1, w, in, t, y, ldy, row);
+}
+
+static void matmul_FP32(const struct ggml_matrix * w, const struct ggml_input * in, float * y,
+                        size_t ldy, size_t first, size_t last) {
+    matmul_rows(true, w, in, y, ldy, first, last);
+}
+
+static void matmul_FP16(const struct ggml_matrix * w, const struct ggml_input * in, float * y,
+                        size_t ldy, size_t first, size_t last) {
+    matmul_rows(false, w, in, y, ldy, first, last);
+}
+
+/* ---- Vectors -------------------------------------------------------------------------------- */
+
+static void quantize_act(size_t n, const float * x, uint8_t * out) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    const __m256i slots = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0,
+                                           1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    for (size_t b = 0; b < n / 32; b++, x += 32, out += sizeof(struct ggml_act)) {
+        struct ggml_act * act = (struct ggml_act *)(void *)out;
+        const __m512 v[2] = {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)};
+        /* the bits of magnitudes are ordered like them */
+        int32_t top = _mm512_reduce_max_epi32(
+            _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(v[0]), magnitude),
+                             _mm512_and_si512(_mm512_castps_si512(v[1]), magnitude)));
+        float amax;
+        memcpy(&amax, &top, sizeof amax);
+        float d = top < 0x7F800000 ? amax / 16255 : amax - amax;
+        if (d < FLT_MIN) d = 0;
+        const __m512 id = _mm512_set1_ps(d > 0 ? 1 / d : 0);
+        for (int i = 0; i < 2; i++) {
+            __m512i a = _mm512_setzero_si512();
+            if (d > 0) a = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], id));
+            __m512i hi = _mm512_srai_epi32(_mm512_add_epi32(a, _mm512_set1_epi32(64)), 7);
+            __m512i lo = _mm512_sub_epi32(a, _mm512_slli_epi32(hi, 7));
+            _mm256_store_si256((__m256i *)(void *)act->a + i,
+                               _mm256_shuffle_epi8(_mm512_cvtepi32_epi16(a), slots));
+            _mm_store_si128((__m128i *)(void *)act->hi + i, _mm512_cvtepi32_epi8(hi));
+            _mm_store_si128((__m128i *)(void *)act->lo + i, _mm512_cvtepi32_epi8(lo));
+            act->sum_half[i] = _mm512_reduce_add_epi32(a);
+            act->s_half[i] = d * (float)act->sum_half[i];
+        }
+        act->d = d;
+        act->sum = act->sum_half[0] + act->sum_half[1];
+        act->s = d * (float)act->sum;
+        act->unused = 0;
+    }
+}
+
+GGML_INLINE __m512 exp16(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1);
+    __m512 t = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(89)), _mm512_set1_ps(-104));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(t, _mm512_set1_ps(1.44269504f)),
+                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_sub_ps(t, _mm512_mul_ps(n, _mm512_set1_ps(0.693359375f)));
+    r = _mm512_sub_ps(r, _mm512_mul_ps(n, _mm512_set1_ps(-2.12194440e-4f)));
+    static const float coefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                                         1.6666665459e-1f, 5.0000001201e-1f};
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    for (int i = 0; i < 5; i++)
+        p = _mm512_add_ps(_mm512_mul_ps(p, r), _mm512_set1_ps(coefficients[i]));
+    __m512 y = _mm512_add_ps(_mm512_add_ps(_mm512_mul_ps(p, _mm512_mul_ps(r, r)), r), one);
+    __m512i exponent = _mm512_cvtps_epi32(n), bias = _mm512_set1_epi32(127);
+    __m512i half = _mm512_srai_epi32(exponent, 1), rest = _mm512_sub_epi32(exponent, half);
+    y = _mm512_mul_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(half, bias), 23)));
+    y = _mm512_mul_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(rest, bias), 23)));
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), y, x);
+}
+
+GGML_INLINE __m512 sigmoid16(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1);
+    __m512 negated = _mm512_xor_ps(x, _mm512_set1_ps(-0.0f));
+    return _mm512_div_ps(one, _mm512_add_ps(one, exp16(negated)));
+}
+
+/* The sum of x_k, or of (x_k - mean) squared; lanes past the end stay as they are. */
+GGML_INLINE float sum_terms(size_t n, const float * x, float mean, bool squared) {
+    __m512 acc = _mm512_setzero_ps();
+    for (size_t i = 0; i < n; i += 16) {
+        __m512 term = load(x + i, n - i);
+        if (squared) {
+            term = _mm512_sub_ps(term, _mm512_set1_ps(mean));
+            term = _mm512_mul_ps(term, term);
+        }
+        acc = _mm512_mask_add_ps(acc, lanes(n - i), acc, term);
+    }
+    return sum_lanes(acc);
+}
+
+static void layer_norm(size_t n, const float * x, const float * w, const float * b, float * y) {
+    float mean = sum_terms(n, x, 0, false) / (float)n;
+    float var = sum_terms(n, x, mean, true) / (float)n;
+    __m128 root = _mm_sqrt_ss(_mm_set_ss(var + 1e-5f));
+    __m512 means = _mm512_set1_ps(mean), r = _mm512_set1_ps(1 / _mm_cvtss_f32(root));
+    for (size_t i = 0; i < n; i += 16) {
+        __m512 v = _mm512_mul_ps(_mm512_sub_ps(load(x + i, n - i), means), r);
+        v = _mm512_mul_ps(v, load(w + i, n - i));
+        store(y + i, n - i, _mm512_add_ps(v, load(b + i, n - i)));
+    }
+}
+
+static void lerp(size_t n, const float * x, const float * prev, const float * mix, float * y) {
+    for (size_t i = 0; i < n; i += 16) {
+        __m512 m = load(mix + i, n - i);
+        __m512 now = _mm512_mul_ps(load(x + i, n - i), m);
+        __m512 before = _mm512_mul_ps(load(prev + i, n - i), _mm512_sub_ps(_mm512_set1_ps(1), m));
+        store(y + i, n - i, _mm512_add_ps(now, before));
+    }
+}
+
+static void exp_vector(size_t n, const float * x, float * y) {
+    for (size_t i = 0; i < n; i += 16) store(y + i, n - i, exp16(load(x + i, n - i)));
+}
+
+static void relu2(size_t n, const float * x, float * y) {
+    for (size_t i = 0; i < n; i += 16) {
+        __m512 z = _mm512_max_ps(_mm512_setzero_ps(), load(x + i, n - i)); /* NaN stays NaN */
+        store(y + i, n - i, _mm512_mul_ps(z, z));
+    }
+}
+
+static void add(size_t n, const float * x, float * y) {
+    for (size_t i = 0; i < n; i += 16)
+        store(y + i, n - i, _mm512_add_ps(load(y + i, n - i), load(x + i, n - i)));
+}
+
+static void sigmoid_mul(size_t n, const float * r, const float * x, float * y) {
+    for (size_t i = 0; i < n; i += 16)
+        store(y + i, n - i, _mm512_mul_ps(sigmoid16(load(r + i, n - i)), load(x + i, n - i)));
+}
+
+static void sigmoid_mul_add(size_t n, const float * r, const float * x, float * y) {
+    for (size_t i = 0; i < n; i += 16) {
+        __m512 gated = _mm512_mul_ps(sigmoid16(load(r + i, n - i)), load(x + i, n - i));
+        store(y + i, n - i, _mm512_add_ps(load(y + i, n - i), gated));
+    }
+}
+
+static void wkv(size_t n, const float * u, const float * w, const float * k, const float * v,
+                float * aa, float * bb, float * pp, float * y) {
+    for (size_t i = 0; i < n; i += 16) {
+        const size_t rest = n - i;
+        __m512 key = load(k + i, rest), value = load(v + i, rest), p = load(pp + i, rest);
+        __m512 a = load(aa + i, rest), b = load(bb + i, rest);
+        __m512 ww = _mm512_add_ps(load(u + i, rest), key);
+        __m512 q = _mm512_max_ps(p, ww);
+        __m512 e1 = exp16(_mm512_sub_ps(p, q)), e2 = exp16(_mm512_sub_ps(ww, q));
+        __m512 numerator = _mm512_add_ps(_mm512_mul_ps(e1, a), _mm512_mul_ps(e2, value));
+        __m512 denominator = _mm512_add_ps(_mm512_mul_ps(e1, b), e2);
+        ww = _mm512_add_ps(p, load(w + i, rest));
+        q = _mm512_max_ps(ww, key);
+        e1 = exp16(_mm512_sub_ps(ww, q));
+        e2 = exp16(_mm512_sub_ps(key, q));
+        store(aa + i, rest, _mm512_add_ps(_mm512_mul_ps(e1, a), _mm512_mul_ps(e2, value)));
+        store(bb + i, rest, _mm512_add_ps(_mm512_mul_ps(e1, b), e2));
+        store(pp + i, rest, q);
+        store(y + i, rest, _mm512_div_ps(numerator, denominator));
+    }
+}
+
+const struct ggml_kernels ggml_kernels_avx512 = {
+    .isa = "avx512",
+    .requires = CPU_AVX | CPU_AVX2 | CPU_FMA | CPU_F16C | CPU_AVX512F | CPU_AVX512BW |
+                CPU_AVX512DQ | CPU_AVX512VL | CPU_AVX512VNNI,
+    .quantize_act = quantize_act,
+    .matmul =
+        {
+            [GGML_TYPE_FP32] = matmul_FP32,
+            [GGML_TYPE_FP16] = matmul_FP16,
+            [GGML_TYPE_Q4_0_V100] = matmul_Q4_0_V100,
+            [GGML_TYPE_Q4_1_V100] = matmul_Q4_1_V100,
+            [GGML_TYPE_Q4_1_O] = matmul_Q4_1_O,
+            [GGML_TYPE_Q4_2] = matmul_Q4_2,
+            [GGML_TYPE_Q4_3] = matmul_Q4_3,
+            [GGML_TYPE_Q5_0_V100] = matmul_Q5_0,
+            [GGML_TYPE_Q5_1_V100] = matmul_Q5_1,
+            [GGML_TYPE_Q8_0_V100] = matmul_Q8_0_V100,
+            [GGML_TYPE_Q4_0] = matmul_Q4_0,
+            [GGML_TYPE_Q4_1] = matmul_Q4_1,
+            [GGML_TYPE_Q5_0] = matmul_Q5_0,
+            [GGML_TYPE_Q5_1] = matmul_Q5_1,
+            [GGML_TYPE_Q8_0] = matmul_Q8_0,
+        },
+    .layer_norm = layer_norm,
+    .lerp = lerp,
+    .exp = exp_vector,
+    .relu2 = relu2,
+    .add = add,
+    .sigmoid_mul = sigmoid_mul,
+    .sigmoid_mul_add = sigmoid_mul_add,
+    .wkv = wkv,
+};
