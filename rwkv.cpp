@@ -21,6 +21,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -94,10 +95,10 @@ void need(bool given, const char * what) {
     if (!given) fail(RWKV_ERROR_ARGS, "%s is NULL", what);
 }
 
-// Checks a struct of the caller that may be longer than ours: what we don't know must be zero. (API
-// 1000 is the first version, so none is shorter yet.)
-void check_struct(const void * given, size_t size, size_t known, const char * type) {
-    if (size < known || size > 4096) {
+// Checks a struct of the caller that may be as short as in its first version (`oldest` bytes), or
+// longer than ours: what we don't know must be zero.
+void check_struct(const void * given, size_t size, size_t oldest, size_t known, const char * type) {
+    if (size < oldest || size > 4096) {
         fail(RWKV_ERROR_ARGS, "%s: size is %zu, expected %zu", type, size, known);
     }
     for (size_t i = known; i < size; i++) {
@@ -702,6 +703,7 @@ uint64_t private_size(const Tensor & tensor, bool mmap) {
 
 struct Sizes {
     uint64_t arena, mapped;
+    uint64_t token;  // of both, what every token reads
 };
 
 Sizes sizes_of(const Index & index, bool mmap) {
@@ -711,6 +713,7 @@ Sizes sizes_of(const Index & index, bool mmap) {
         const uint64_t size = private_size(tensor, mmap);
         sizes.arena += aligned(size);
         if (size == 0) sizes.mapped += tensor.size;
+        if (tensor.slot->kind != EMBEDDING) sizes.token += size > 0 ? size : tensor.size;
     }
     return sizes;
 }
@@ -740,15 +743,20 @@ void pack(const InputFile & file, const Tensor & tensor, const Team & team,
     each_slab(file, tensor, GGML_STRIPE, progress, pack_slab);
 }
 
+const ggml_kernels * select_kernels() {
+    const char * isa = std::getenv("RWKV_ISA");
+    const char * reason = nullptr;
+    const ggml_kernels * kernels = ggml_kernels_select(isa, &reason);
+    if (kernels == nullptr) {
+        fail(RWKV_ERROR_CTX | RWKV_ERROR_UNSUPPORTED, "RWKV_ISA=%s: %s", isa, reason);
+    }
+    return kernels;
+}
+
 std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & options,
                                   unsigned n_threads) {
     const auto model = std::make_shared<Model>();
-    const char * isa = std::getenv("RWKV_ISA");
-    const char * reason = nullptr;
-    model->kernels = ggml_kernels_select(isa, &reason);
-    if (model->kernels == nullptr) {
-        fail(RWKV_ERROR_CTX | RWKV_ERROR_UNSUPPORTED, "RWKV_ISA=%s: %s", isa, reason);
-    }
+    model->kernels = select_kernels();
     model->pool = create_pool();
 
     const InputFile file(path);
@@ -1188,7 +1196,7 @@ size_t start_runs(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_
         Run run = {};
         rwkv_sequence & s = run.sequence;
         const char * given = (const char *)sequences + i * sizeof_sequence;
-        check_struct(given, sizeof_sequence, sizeof s, "rwkv_sequence");
+        check_struct(given, sizeof_sequence, sizeof s, sizeof s, "rwkv_sequence");
         std::memcpy(&s, given, sizeof s);
         check_sequence(*ctx.model, s, i);
         if (s.logits_out == nullptr) s.n_logits = 0;
@@ -1435,10 +1443,16 @@ template <class T> T known_options(const T * given, const T & defaults, const ch
     if (given == nullptr) return defaults;
     uint32_t size;
     std::memcpy(&size, given, sizeof size);
-    check_struct(given, size, sizeof(T), type);
+    check_struct(given, size, sizeof(T), sizeof(T), type);
     T options;
     std::memcpy(&options, given, sizeof options);
     return options;
+}
+
+// Fills a struct of the caller as far as the caller knows it; its first version had `oldest` bytes.
+template <class T> void give(T * to, const T & result, size_t oldest, const char * type) {
+    check_struct(to, to->size, oldest, sizeof result, type);
+    std::memcpy((void *)to, &result, std::min<size_t>(to->size, sizeof result));
 }
 
 void refuse(bool asked, const char * what) {
@@ -1480,14 +1494,17 @@ rwkv_quantize_options checked_options(const rwkv_quantize_options * given) {
 
 void fill_memory(rwkv_memory * memory, const Index & index, const rwkv_load_options & options) {
     need(memory != nullptr, "memory");
-    check_struct(memory, memory->size, sizeof *memory, "rwkv_memory");
     const Sizes sizes = sizes_of(index, options.mmap);
     Scratch scratch;
-    memory->file = index.size;
-    memory->mapped = sizes.mapped;
-    memory->weights = sizes.arena;
-    memory->scratch = lay_out(scratch, index.shape, nullptr) + run_memory_size(index.shape, 1, 1);
-    memory->state = state_length(index.shape) * sizeof(float);
+    rwkv_memory result;
+    result.size = memory->size;
+    result.file = index.size;
+    result.mapped = sizes.mapped;
+    result.weights = sizes.arena;
+    result.scratch = lay_out(scratch, index.shape, nullptr) + run_memory_size(index.shape, 1, 1);
+    result.state = state_length(index.shape) * sizeof(float);
+    result.token = sizes.token;
+    give(memory, result, offsetof(rwkv_memory, token), "rwkv_memory");
 }
 
 // f(shape of the model), or 0 without a context.
@@ -1705,4 +1722,19 @@ const char * rwkv_get_system_info_string(void) {
     snprintf(info, sizeof info, "%s ISA=%s", ggml_cpu_features(),
              kernels != nullptr ? kernels->isa : "none");
     return info;
+}
+
+bool rwkv_measure(uint32_t n_threads, uint64_t n_bytes, rwkv_limits * limits) {
+    return guard(nullptr, [&] {
+        need(limits != nullptr, "limits");
+        const uint32_t n = checked_threads(n_threads);
+        ggml_limits measured;
+        if (!ggml_measure(select_kernels(), n, n_bytes, &measured)) {
+            fail(RWKV_ERROR_ARGS | RWKV_ERROR_ALLOC, "out of memory: measuring takes %llu bytes",
+                 (unsigned long long)n_bytes);
+        }
+        const rwkv_limits result = {limits->size, n, measured.read, measured.fp32, measured.int8};
+        give(limits, result, sizeof result, "rwkv_limits");
+        return true;
+    });
 }

@@ -37,7 +37,7 @@
 
 /* The API this header describes: major * 1000 + minor. A binding needs the same major and at least its
  * minor from rwkv_get_api_version(). */
-#define RWKV_API_VERSION 1000
+#define RWKV_API_VERSION 1001
 
 #define RWKV_FILE_MAGIC 0x67676d66
 #define RWKV_FILE_VERSION_0 100
@@ -143,6 +143,7 @@ struct rwkv_memory {
     uint64_t weights; /* private memory of the model: vectors, repacked matrices */
     uint64_t scratch; /* private memory of one context, once prompts of 256 tokens have been read */
     uint64_t state;   /* one state */
+    uint64_t token;   /* what every token reads of the weights; since 1001 */
 };
 
 /* Fills *memory (its size set by the caller) from the file's table of tensors, reading no weights. */
@@ -254,6 +255,20 @@ RWKV_API uint32_t rwkv_get_api_version(void);
 /* What the CPU offers and which kernels run ("AVX=1 AVX2=1 … ISA=avx2"): static text. The environment
  * variable RWKV_ISA (scalar, avx2, …) chooses another level for models loaded after it is set. */
 RWKV_API const char * rwkv_get_system_info_string(void);
+
+/* What this CPU's kernels can reach at most, per second. Since 1001. */
+struct rwkv_limits {
+    uint32_t size;
+    uint32_t n_threads; /* that were measured */
+    double read;        /* bytes read */
+    double fp32;        /* FP32 operations, two per multiply-add */
+    double int8;        /* operations of int8 dot products, two per multiply-add */
+};
+
+/* Measures the limits with n_threads threads (0: as above) in about half a second. `read` is for a
+ * buffer of n_bytes that is read again and again: a GiB shows the memory, half of the last cache
+ * shows that cache. */
+RWKV_API bool rwkv_measure(uint32_t n_threads, uint64_t n_bytes, struct rwkv_limits * limits);
 
 #ifdef __cplusplus
 }

@@ -134,6 +134,14 @@ struct ggml_kernels {
      * are advanced in place, y is the weighted average. */
     void (*wkv)(size_t n, const float * u, const float * w, const float * k, const float * v,
                 float * aa, float * bb, float * pp, float * y);
+
+    /* Work for ggml_measure; what they return only keeps compilers from leaving it out. read: sums
+     * up n bytes at `streams` (1, 2 or 4) places side by side, prefetching `ahead` bytes if that is
+     * not 0; n is a multiple of 1024. fma, dot: n multiply-adds in registers, of floats and of
+     * int8 into int32; n is a multiple of 1024 * 12. */
+    uint64_t (*read)(const uint8_t * data, size_t n, size_t streams, size_t ahead);
+    float (*fma)(size_t n);
+    int32_t (*dot)(size_t n);
 };
 
 /* The strongest level this CPU and its operating system allow, or the one called `isa` if that is
@@ -165,6 +173,20 @@ void ggml_pool_release(struct ggml_pool * pool);
  * does everything. Threads run with the default floating-point environment. */
 typedef void ggml_work(void * arg, size_t first, size_t last);
 void ggml_pool_run(struct ggml_pool * pool, ggml_work * work, void * arg, size_t n, size_t unit);
+
+/* ---- Limits --------------------------------------------------------------------------------- */
+
+/* What kernels could reach at most, per second: bytes read, operations (two per multiply-add). */
+struct ggml_limits {
+    double read;
+    double fp32;
+    double int8;
+};
+
+/* Measures the limits of `kernels` with n_threads threads, reading a buffer of about n_bytes again
+ * and again; the best of several ways of reading counts. Returns false if out of memory. */
+bool ggml_measure(const struct ggml_kernels * kernels, unsigned n_threads, uint64_t n_bytes,
+                  struct ggml_limits * limits);
 
 /* ---- Floating-point environment ------------------------------------------------------------- */
 

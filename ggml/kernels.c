@@ -38,6 +38,9 @@ static void lay_over(struct ggml_kernels * table, const struct ggml_kernels * le
     TAKE(sigmoid_mul);
     TAKE(sigmoid_mul_add);
     TAKE(wkv);
+    TAKE(read);
+    TAKE(fma);
+    TAKE(dot);
 }
 
 static void init(void) {

@@ -497,6 +497,71 @@ static void wkv(size_t n, const float * u, const float * w, const float * k, con
     }
 }
 
+/* ---- Limits --------------------------------------------------------------------------------- */
+
+GGML_INLINE uint64_t read_streams(const uint8_t * data, size_t n, size_t streams, size_t ahead) {
+    const size_t part = n / streams;
+    __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
+                      _mm256_setzero_si256()};
+    for (size_t i = 0; i < part; i += 128) {
+        for (size_t s = 0; s < streams; s++) {
+            const uint8_t * p = data + s * part + i;
+            if (ahead) {
+                _mm_prefetch((const char *)p + ahead, _MM_HINT_T0);
+                _mm_prefetch((const char *)p + ahead + 64, _MM_HINT_T0);
+            }
+            for (int j = 0; j < 4; j++) {
+                const __m256i * from = (const __m256i *)(const void *)p + j;
+                sum[j] = _mm256_add_epi64(sum[j], _mm256_loadu_si256(from));
+            }
+        }
+    }
+    sum[0] = _mm256_add_epi64(_mm256_add_epi64(sum[0], sum[1]), _mm256_add_epi64(sum[2], sum[3]));
+    uint64_t words[4];
+    _mm256_storeu_si256((__m256i *)(void *)words, sum[0]);
+    return words[0] + words[1] + words[2] + words[3];
+}
+
+static uint64_t read_all(const uint8_t * data, size_t n, size_t streams, size_t ahead) {
+    switch (streams) {
+    case 4:
+        return read_streams(data, n, 4, ahead);
+    case 2:
+        return read_streams(data, n, 2, ahead);
+    default:
+        return read_streams(data, n, 1, ahead);
+    }
+}
+
+/* Sums that don't wait for each other: enough to keep the units busy, and all in registers. */
+enum { FMA_CHAINS = 12, DOT_CHAINS = 8 };
+
+static float fma_all(size_t n) {
+    __m256 sum[FMA_CHAINS], x = _mm256_set1_ps(0.999f), y = _mm256_set1_ps(1);
+    for (int j = 0; j < FMA_CHAINS; j++) sum[j] = _mm256_set1_ps((float)j);
+    for (size_t i = 0; i < n; i += FMA_CHAINS * 8) {
+#pragma GCC unroll 12
+        for (int j = 0; j < FMA_CHAINS; j++) sum[j] = _mm256_fmadd_ps(sum[j], x, y);
+    }
+    for (int j = 1; j < FMA_CHAINS; j++) sum[0] = _mm256_add_ps(sum[0], sum[j]);
+    return _mm256_cvtss_f32(sum[0]);
+}
+
+/* One factor is the sum itself: a product of constants would be computed once. */
+static int32_t dot_all(size_t n) {
+    __m256i sum[DOT_CHAINS], x = _mm256_set1_epi8(3);
+    for (int j = 0; j < DOT_CHAINS; j++) sum[j] = _mm256_set1_epi32(j);
+    for (size_t i = 0; i < n; i += DOT_CHAINS * 32) {
+#pragma GCC unroll 8
+        for (int j = 0; j < DOT_CHAINS; j++) {
+            __m256i product = _mm256_madd_epi16(_mm256_maddubs_epi16(sum[j], x), x);
+            sum[j] = _mm256_add_epi32(sum[j], product);
+        }
+    }
+    for (int j = 1; j < DOT_CHAINS; j++) sum[0] = _mm256_add_epi32(sum[0], sum[j]);
+    return _mm256_cvtsi256_si32(sum[0]);
+}
+
 const struct ggml_kernels ggml_kernels_avx2 = {
     .isa = "avx2",
     .requires = CPU_AVX | CPU_AVX2 | CPU_FMA | CPU_F16C,
@@ -527,4 +592,7 @@ const struct ggml_kernels ggml_kernels_avx2 = {
     .sigmoid_mul = sigmoid_mul,
     .sigmoid_mul_add = sigmoid_mul_add,
     .wkv = wkv,
+    .read = read_all,
+    .fma = fma_all,
+    .dot = dot_all,
 };

@@ -388,6 +388,58 @@ static void wkv(size_t n, const float * u, const float * w, const float * k, con
     }
 }
 
+/* ---- Limits --------------------------------------------------------------------------------- */
+
+GGML_INLINE uint64_t read_streams(const uint8_t * data, size_t n, size_t streams, size_t ahead) {
+    const size_t part = n / streams;
+    __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (size_t i = 0; i < part; i += 128) {
+        for (size_t s = 0; s < streams; s++) {
+            const uint8_t * p = data + s * part + i;
+            for (size_t j = 0; j < 2; j++) {
+                if (ahead) _mm_prefetch((const char *)p + ahead + 64 * j, _MM_HINT_T0);
+                sum[j] = _mm512_add_epi64(sum[j], _mm512_loadu_si512(p + 64 * j));
+            }
+        }
+    }
+    return (uint64_t)_mm512_reduce_add_epi64(_mm512_add_epi64(sum[0], sum[1]));
+}
+
+static uint64_t read_all(const uint8_t * data, size_t n, size_t streams, size_t ahead) {
+    switch (streams) {
+    case 4:
+        return read_streams(data, n, 4, ahead);
+    case 2:
+        return read_streams(data, n, 2, ahead);
+    default:
+        return read_streams(data, n, 1, ahead);
+    }
+}
+
+enum { CHAINS = 12 }; /* sums that don't wait for each other: enough to keep the units busy */
+
+static float fma_all(size_t n) {
+    __m512 sum[CHAINS], x = _mm512_set1_ps(0.999f), y = _mm512_set1_ps(1);
+    for (int j = 0; j < CHAINS; j++) sum[j] = _mm512_set1_ps((float)j);
+    for (size_t i = 0; i < n; i += CHAINS * 16) {
+#pragma GCC unroll 12
+        for (int j = 0; j < CHAINS; j++) sum[j] = _mm512_fmadd_ps(sum[j], x, y);
+    }
+    for (int j = 1; j < CHAINS; j++) sum[0] = _mm512_add_ps(sum[0], sum[j]);
+    return _mm512_cvtss_f32(sum[0]);
+}
+
+static int32_t dot_all(size_t n) {
+    __m512i sum[CHAINS], x = _mm512_set1_epi8(3);
+    for (int j = 0; j < CHAINS; j++) sum[j] = _mm512_set1_epi32(j);
+    for (size_t i = 0; i < n; i += CHAINS * 64) {
+#pragma GCC unroll 12
+        for (int j = 0; j < CHAINS; j++) sum[j] = _mm512_dpbusd_epi32(sum[j], x, x);
+    }
+    for (int j = 1; j < CHAINS; j++) sum[0] = _mm512_add_epi32(sum[0], sum[j]);
+    return _mm_cvtsi128_si32(_mm512_castsi512_si128(sum[0]));
+}
+
 const struct ggml_kernels ggml_kernels_avx512 = {
     .isa = "avx512",
     .requires = CPU_AVX | CPU_AVX2 | CPU_FMA | CPU_F16C | CPU_AVX512F | CPU_AVX512BW |
@@ -419,4 +471,7 @@ const struct ggml_kernels ggml_kernels_avx512 = {
     .sigmoid_mul = sigmoid_mul,
     .sigmoid_mul_add = sigmoid_mul_add,
     .wkv = wkv,
+    .read = read_all,
+    .fma = fma_all,
+    .dot = dot_all,
 };

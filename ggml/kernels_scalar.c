@@ -282,6 +282,41 @@ static void wkv(size_t n, const float * u, const float * w, const float * k, con
     }
 }
 
+/* ---- Limits --------------------------------------------------------------------------------- */
+
+static uint64_t read_all(const uint8_t * data, size_t n, size_t streams, size_t ahead) {
+    uint64_t sum[LANES] = {0};
+    (void)ahead; /* plain C has no prefetch */
+    for (size_t i = 0; i < n / streams; i += sizeof sum) {
+        for (size_t s = 0; s < streams; s++) {
+            uint64_t words[LANES];
+            memcpy(words, data + s * (n / streams) + i, sizeof words);
+            for (int j = 0; j < LANES; j++) sum[j] += words[j];
+        }
+    }
+    for (int j = 1; j < LANES; j++) sum[0] += sum[j];
+    return sum[0];
+}
+
+enum { MANY = 3 * LANES }; /* as registers hold of sums that don't wait for each other */
+
+/* Here a multiply-add is two operations: fma32 would only show what its emulation costs. */
+static float fma_all(size_t n) {
+    float sum[MANY] = {0};
+    for (size_t i = 0; i < n; i += MANY)
+        for (int j = 0; j < MANY; j++) sum[j] = sum[j] * 0.999f + 1.0f;
+    return sum_lanes(sum);
+}
+
+static int32_t dot_all(size_t n) {
+    int32_t sum[MANY];
+    const int16_t x = (int16_t)(n | 3); /* not a constant, or shifts would do */
+    for (int j = 0; j < MANY; j++) sum[j] = j;
+    for (size_t i = 0; i < n; i += MANY)
+        for (int j = 0; j < MANY; j++) sum[j] += (int16_t)sum[j] * x;
+    return sum[0];
+}
+
 const struct ggml_kernels ggml_kernels_scalar = {
     .isa = "scalar",
     .requires = 0,
@@ -312,4 +347,7 @@ const struct ggml_kernels ggml_kernels_scalar = {
     .sigmoid_mul = sigmoid_mul,
     .sigmoid_mul_add = sigmoid_mul_add,
     .wkv = wkv,
+    .read = read_all,
+    .fma = fma_all,
+    .dot = dot_all,
 };

@@ -789,6 +789,10 @@ static void test_estimate(void) {
         check(taken == memory.weights + memory.scratch, "%zu bytes taken, %zu and %zu estimated",
               taken, (size_t)memory.weights, (size_t)memory.scratch);
         check((memory.mapped > 0) == options.mmap, "%zu bytes mapped", (size_t)memory.mapped);
+        const size_t loaded = memory.mapped + memory.weights, embedding = N_VOCAB * N_EMBED * 4;
+        const size_t padding = 64 * 100; /* of its tensors */
+        check(memory.token <= loaded - embedding && memory.token >= loaded - embedding - padding,
+              "%zu bytes read by a token", (size_t)memory.token);
         rwkv_free(ctx);
     }
     unlink(output_path);
@@ -807,7 +811,11 @@ static void test_estimate(void) {
               "a model of %g parameters takes %g bytes", released[i].parameters,
               (double)memory.file);
     }
-    struct rwkv_memory memory = {.size = sizeof memory};
+    struct rwkv_memory memory = {.size = offsetof(struct rwkv_memory, token), .token = 1234};
+    check(rwkv_estimate(model_path, NULL, &memory) && memory.state == STATE * sizeof(float) &&
+              memory.token == 1234,
+          "the struct of version 1000");
+    memory.size = sizeof memory;
     refused(rwkv_estimate_shape(50277, 100, 3, "Q4_0", NULL, &memory),
             RWKV_ERROR_ARGS | RWKV_ERROR_DIMENSION, "multiple of 32", "an odd shape");
     refused(rwkv_estimate_shape(0, 96, 3, "Q4_0", NULL, &memory),
@@ -816,6 +824,25 @@ static void test_estimate(void) {
             RWKV_ERROR_ARGS | RWKV_ERROR_DIMENSION, "n_layer", "too deep");
     refused(rwkv_estimate_shape(9, 96, 2, "Q9", NULL, &memory),
             RWKV_ERROR_ARGS | RWKV_ERROR_DATA_TYPE, "FP32, FP16, Q4_0", "format");
+}
+
+static void test_measure(void) {
+    for (uint32_t n = 0; n < 3; n++) {
+        struct rwkv_limits limits = {.size = sizeof limits};
+        check(rwkv_measure(n, 100000, &limits), "%s", rwkv_get_last_error_message());
+        check(limits.n_threads == n || (n == 0 && limits.n_threads > 0), "threads measured");
+        check(limits.read > 1e8 && limits.read < 1e13, "reads %g bytes a second", limits.read);
+        check(limits.fp32 > 1e8 && limits.fp32 < 1e15, "%g FP32 operations", limits.fp32);
+        check(limits.int8 > 1e8 && limits.int8 < 1e15, "%g int8 operations", limits.int8);
+    }
+    struct rwkv_limits limits = {.size = sizeof limits - 1};
+    refused(rwkv_measure(1, 0, &limits), RWKV_ERROR_ARGS, "size is", "size of limits");
+    limits.size = sizeof limits;
+    refused(rwkv_measure(1, 0, NULL), RWKV_ERROR_ARGS, "limits is NULL", "no limits");
+    refused(rwkv_measure(2000, 0, &limits), RWKV_ERROR_ARGS, "at most 1024", "2000 threads");
+    refused(rwkv_measure(1, UINT64_MAX, &limits), RWKV_ERROR_ARGS | RWKV_ERROR_ALLOC,
+            "out of memory", "all memory");
+    check(limits.read == 0, "a failed call writes nothing");
 }
 
 static bool load_and_evaluate(void) {
@@ -954,6 +981,7 @@ int main(void) {
     test_quantize();
     test_progress_of_loading();
     test_estimate();
+    test_measure();
     test_failing_calls();
     test_stale_temporaries();
     test_information();

@@ -472,6 +472,23 @@ static void bench_vectors(const struct ggml_kernels * k) {
     free(act);
 }
 
+/* All bytes are read, each once, whichever way. */
+static void test_read(const struct ggml_kernels * k) {
+    enum { N = 3 * 1024 };
+    uint8_t data[N];
+    uint64_t sum = 0;
+    for (size_t i = 0; i < N; i++) data[i] = (uint8_t)random_bits();
+    for (size_t i = 0; i < N; i += 8) {
+        uint64_t word;
+        memcpy(&word, data + i, sizeof word);
+        sum += word;
+    }
+    for (size_t streams = 1; streams <= 4; streams *= 2)
+        for (size_t ahead = 0; ahead <= 1024; ahead += 1024)
+            check(k->read(data, N, streams, ahead) == sum, "%s: read in %d streams", k->isa,
+                  (int)streams);
+}
+
 int main(int argc, char ** argv) {
     bool benchmark = argc > 1 && strcmp(argv[1], "--bench") == 0;
     const char * only = argc > 2 ? argv[2] : NULL;
@@ -503,6 +520,7 @@ int main(int argc, char ** argv) {
         test_matmuls(k);
         test_vectors(k);
         test_quantize_act(k);
+        test_read(k);
         printf("%s: %d checks\n", isas[i], passed + failed - before);
     }
     return benchmark ? 0 : finish();

@@ -72,6 +72,18 @@ def test_option_structs_are_the_librarys(library, name):
             assert getattr(defaults, field) == getattr(ours, field), field
 
 
+def test_estimate_and_limits_come_back_whole(library, model_path):
+    memory = library.rwkv_estimate(model_path)
+    assert memory.file == model_path.stat().st_size
+    assert memory.token < memory.file - 4 * 50 * 32  # a token reads all but the embedding
+    assert memory.token > 0.8 * memory.file
+    limits = library.rwkv_measure(2, 1 << 16)
+    assert limits.n_threads == 2
+    assert all(1e8 < limit < 1e15 for limit in limits[1:])
+    with pytest.raises(ValueError, match="n_bytes must be"):
+        library.rwkv_measure(2, -1)
+
+
 # ---- finding ----
 
 

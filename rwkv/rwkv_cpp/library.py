@@ -22,7 +22,7 @@ import threading
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from ctypes import c_bool, c_char_p, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import c_bool, c_char_p, c_double, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,7 +33,7 @@ FilePath = str | bytes | os.PathLike
 Progress = Callable[[int, int], object]
 """Called as (bytes done, bytes in all), possibly from another thread; an exception cancels."""
 
-API_VERSION = 1000  # of the rwkv.h that this module mirrors: major * 1000 + minor
+API_VERSION = 1001  # of the rwkv.h that this module mirrors: major * 1000 + minor
 FILE_NAME = {"win32": "rwkv.dll", "cygwin": "rwkv.dll", "darwin": "librwkv.dylib"}.get(
     sys.platform, "librwkv.so"
 )
@@ -77,6 +77,17 @@ class _Memory(_Sized):
         ("weights", c_uint64),
         ("scratch", c_uint64),
         ("state", c_uint64),
+        ("token", c_uint64),
+    ]
+
+
+class _Limits(_Sized):
+    _fields_ = [
+        ("size", c_uint32),
+        ("n_threads", c_uint32),
+        ("read", c_double),
+        ("fp32", c_double),
+        ("int8", c_double),
     ]
 
 
@@ -166,6 +177,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {  # result, arguments
     "rwkv_get_row_size": (c_size_t, c_uint32, c_uint32, c_size_t),
     "rwkv_get_api_version": (c_uint32,),
     "rwkv_get_system_info_string": (c_char_p,),
+    "rwkv_measure": (c_bool, c_uint32, c_uint64, ctypes.POINTER(_Limits)),
 }
 
 # enum rwkv_error_flags: a category, or-ed with a detail.
@@ -304,11 +316,21 @@ class Memory(NamedTuple):
     weights: int
     scratch: int
     state: int
+    token: int
 
     @property
     def total(self) -> int:
         """Memory while one context evaluates at full speed, mapped pages included."""
         return self.mapped + self.weights + self.scratch + self.state
+
+
+class Limits(NamedTuple):
+    """What n_threads threads can reach at most, per second: see struct rwkv_limits in rwkv.h."""
+
+    n_threads: int
+    read: float
+    fp32: float
+    int8: float
 
 
 class RWKVContext:
@@ -624,6 +646,14 @@ class RWKVSharedLibrary:
 
     def rwkv_get_system_info_string(self) -> str:
         return self._c.rwkv_get_system_info_string().decode()
+
+    def rwkv_measure(self, thread_count: int | None, n_bytes: int) -> Limits:
+        """Measure how fast the CPU reads a buffer of `n_bytes` and multiplies."""
+        limits = _Limits()
+        n_threads = _n_threads(thread_count)
+        n_bytes = as_integer(n_bytes, "n_bytes", 0, 2**64 - 1)
+        self._check(self._c.rwkv_measure(n_threads, n_bytes, ctypes.byref(limits)))
+        return Limits(*(getattr(limits, name) for name in Limits._fields))
 
 
 def _dotted(version: int) -> str:
