@@ -1531,19 +1531,6 @@ rwkv_error_flags rwkv_get_last_error(rwkv_context * ctx) {
     return (rwkv_error_flags)std::exchange(last_flags, RWKV_ERROR_NONE);
 }
 
-rwkv_load_options rwkv_default_load_options(void) {
-    rwkv_load_options options = {};
-    options.size = sizeof options;
-    options.mmap = true;
-    return options;
-}
-
-rwkv_context_options rwkv_default_context_options(void) {
-    rwkv_context_options options = {};
-    options.size = sizeof options;
-    return options;
-}
-
 rwkv_context * rwkv_load(const char * path, const rwkv_load_options * given) {
     return guard(nullptr, [&] {
         need(path != nullptr, "the path of the model");
@@ -1671,12 +1658,6 @@ bool rwkv_eval_batch(rwkv_context * ctx, const rwkv_sequence * sequences, size_t
 void rwkv_interrupt(rwkv_context * ctx) {
     Phase running = RUNNING;
     if (ctx != nullptr) ctx->phase.compare_exchange_strong(running, INTERRUPTED);
-}
-
-rwkv_quantize_options rwkv_default_quantize_options(void) {
-    rwkv_quantize_options options = {};
-    options.size = sizeof options;
-    return options;
 }
 
 bool rwkv_quantize_file(const char * path_in, const char * path_out,

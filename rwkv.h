@@ -98,8 +98,9 @@ RWKV_API enum rwkv_error_flags rwkv_get_last_error(struct rwkv_context * ctx);
 /* Called on the calling thread with done <= total; returning false cancels, which is an error. */
 typedef bool (*rwkv_progress)(void * user, uint64_t done, uint64_t total);
 
-/* Option structs start with their size as the caller knows it, are filled by rwkv_default_*(), and grow
- * only at the end; bytes that this library does not know must be zero. */
+/* Option structs start with their size as the caller knows it and grow only at the end; bytes that this
+ * library does not know must be zero. rwkv_default_*() fills them; it is compiled into the caller, whose
+ * structs may be shorter than the library's. */
 struct rwkv_load_options {
     uint32_t size;
     uint32_t n_threads;       /* of the context; 0: physical cores this process may use; at most 1024 */
@@ -112,14 +113,20 @@ struct rwkv_load_options {
     rwkv_progress progress;   /* bytes of the file; may be NULL */
     void * progress_user;
 };
-RWKV_API struct rwkv_load_options rwkv_default_load_options(void);
+static inline struct rwkv_load_options rwkv_default_load_options(void) {
+    struct rwkv_load_options options = {sizeof options, 0, true, false, false, NULL, NULL, NULL, NULL};
+    return options;
+}
 
 struct rwkv_context_options {
     uint32_t size;
     uint32_t n_threads;       /* as above */
     const char * activations; /* as above */
 };
-RWKV_API struct rwkv_context_options rwkv_default_context_options(void);
+static inline struct rwkv_context_options rwkv_default_context_options(void) {
+    struct rwkv_context_options options = {sizeof options, 0, NULL};
+    return options;
+}
 
 /* Loads a model and makes a context for it. options NULL: the defaults. NULL on error. */
 RWKV_API struct rwkv_context * rwkv_load(const char * path, const struct rwkv_load_options * options);
@@ -229,7 +236,12 @@ struct rwkv_quantize_options {
     rwkv_progress progress;   /* bytes of the source; may be NULL */
     void * progress_user;
 };
-RWKV_API struct rwkv_quantize_options rwkv_default_quantize_options(void);
+static inline struct rwkv_quantize_options rwkv_default_quantize_options(void) {
+    struct rwkv_quantize_options options = {
+        sizeof options, NULL, 0, false, NULL, NULL, NULL, NULL, NULL, NULL,
+    };
+    return options;
+}
 
 /* Writes a quantized copy of an FP32 or FP16 model. The output appears, or replaces an older file, only
  * when it is complete; on failure nothing is left behind. Output and input may not be the same file. */

@@ -52,24 +52,34 @@ def test_api_version_is_the_headers():
     assert int(version) == lib.API_VERSION
 
 
-@pytest.mark.parametrize("name", ["load", "context", "quantize"])
-def test_option_structs_are_the_librarys(library, name):
-    mirror = {
-        "load": lib._LoadOptions,
-        "context": lib._ContextOptions,
-        "quantize": lib._QuantizeOptions,
-    }[name]
-    function = getattr(ctypes.CDLL(str(library.path)), f"rwkv_default_{name}_options")
-    function.restype = mirror
-    function.argtypes = []
-    defaults = function()
-    assert defaults.size == ctypes.sizeof(mirror)
-    ours = mirror(mmap=True) if name == "load" else mirror()
-    for field, kind in mirror._fields_:
-        if kind is lib._PROGRESS:
-            assert not getattr(defaults, field)
-        else:
-            assert getattr(defaults, field) == getattr(ours, field), field
+C_TYPES = {
+    "uint32_t": ctypes.c_uint32,
+    "uint64_t": ctypes.c_uint64,
+    "size_t": ctypes.c_size_t,
+    "bool": ctypes.c_bool,
+    "const char *": ctypes.c_char_p,
+    "rwkv_progress": lib._PROGRESS,
+    "void *": ctypes.c_void_p,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mirror"),
+    [
+        ("rwkv_load_options", lib._LoadOptions),
+        ("rwkv_context_options", lib._ContextOptions),
+        ("rwkv_quantize_options", lib._QuantizeOptions),
+        ("rwkv_memory", lib._Memory),
+        ("rwkv_sequence", lib.SequenceStruct),
+    ],
+)
+def test_structs_are_the_headers(name, mirror):
+    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text("utf-8"), flags=re.S)
+    (body,) = re.findall(rf"^struct {name} \{{(.*?)^\}};", text, re.S | re.M)
+    members = re.findall(r"([\w ]+?\*?) *(\w+);", " ".join(body.split()))
+    assert [(member, C_TYPES.get(kind.strip(), ctypes.c_void_p)) for kind, member in members] == [
+        (member, kind) for member, kind in mirror._fields_
+    ]
 
 
 def test_estimate_and_limits_come_back_whole(library, model_path):
