@@ -402,7 +402,11 @@ GGML_INLINE uint64_t read_streams(const uint8_t * data, size_t n, size_t streams
             }
         }
     }
-    return (uint64_t)_mm512_reduce_add_epi64(_mm512_add_epi64(sum[0], sum[1]));
+    uint64_t
+        words[8]; /* unsigned: the reducing intrinsic adds as signed numbers, and may overflow */
+    _mm512_storeu_si512(words, _mm512_add_epi64(sum[0], sum[1]));
+    for (int j = 1; j < 8; j++) words[0] += words[j];
+    return words[0];
 }
 
 static uint64_t read_all(const uint8_t * data, size_t n, size_t streams, size_t ahead) {

@@ -309,12 +309,12 @@ static float fma_all(size_t n) {
 }
 
 static int32_t dot_all(size_t n) {
-    int32_t sum[MANY];
+    uint32_t sum[MANY];                 /* unsigned: they overflow */
     const int16_t x = (int16_t)(n | 3); /* not a constant, or shifts would do */
-    for (int j = 0; j < MANY; j++) sum[j] = j;
+    for (int j = 0; j < MANY; j++) sum[j] = (uint32_t)j;
     for (size_t i = 0; i < n; i += MANY)
-        for (int j = 0; j < MANY; j++) sum[j] += (int16_t)sum[j] * x;
-    return sum[0];
+        for (int j = 0; j < MANY; j++) sum[j] += (uint32_t)((int16_t)sum[j] * x);
+    return (int32_t)sum[0];
 }
 
 const struct ggml_kernels ggml_kernels_scalar = {
