@@ -78,8 +78,7 @@ struct ggml_matrix {
     const void * data;
 };
 
-/* Bytes of one stripe (a multiple of 64), and of a whole quantized matrix: ceil(rows / 16) stripes.
- */
+/* Bytes of one stripe (a multiple of 64), and of the ceil(rows / 16) stripes of a matrix. */
 size_t ggml_stripe_size(enum ggml_type type, size_t cols);
 size_t ggml_stripes_size(enum ggml_type type, size_t rows, size_t cols);
 
@@ -110,8 +109,7 @@ size_t ggml_act_size(size_t cols);
  * overlap. */
 struct ggml_kernels {
     const char * isa; /* "scalar", "avx2", … */
-    uint32_t
-        requires; /* CPU features (cpu.h) this level was compiled for */
+    uint32_t needs;   /* CPU features (cpu.h) that it was compiled for */
 
     /* act := x cut into blocks of 32 and rounded to 15 bits; n is a multiple of GGML_ROW_UNIT */
     void (*quantize_act)(size_t n, const float * x, uint8_t * act);
@@ -124,11 +122,11 @@ struct ggml_kernels {
     void (*layer_norm)(size_t n, const float * x, const float * w, const float * b, float * y);
     void (*lerp)(size_t n, const float * x, const float * prev, const float * mix, float * y);
     void (*exp)(size_t n, const float * x, float * y);
-    void (*relu2)(size_t n, const float * x, float * y);                        /* y = max(x, 0)² */
-    void (*add)(size_t n, const float * x, float * y);                          /* y += x */
-    void (*sigmoid_mul)(size_t n, const float * r, const float * x, float * y); /* y = σ(r)·x */
-    void (*sigmoid_mul_add)(size_t n, const float * r, const float * x,
-                            float * y); /* y += σ(r)·x */
+    /* y = max(x, 0)²;  y += x;  y = σ(r)·x;  y += σ(r)·x */
+    void (*relu2)(size_t n, const float * x, float * y);
+    void (*add)(size_t n, const float * x, float * y);
+    void (*sigmoid_mul)(size_t n, const float * r, const float * x, float * y);
+    void (*sigmoid_mul_add)(size_t n, const float * r, const float * x, float * y);
 
     /* One step of RWKV-4's recurrence over n channels: u = time_first, w = time_decay; aa, bb, pp
      * are advanced in place, y is the weighted average. */

@@ -18,8 +18,8 @@ static const struct ggml_kernels * const levels[] = {
 
 enum { LEVELS = sizeof levels / sizeof *levels };
 
-static struct ggml_kernels
-    tables[LEVELS]; /* levels[i] completed by those below; isa NULL: can't run */
+/* tables[i] is levels[i] completed by those below; isa is NULL if this CPU can't run it. */
+static struct ggml_kernels tables[LEVELS];
 static char features_text[160];
 
 #define TAKE(entry)                                                                                \
@@ -27,7 +27,7 @@ static char features_text[160];
 
 static void lay_over(struct ggml_kernels * table, const struct ggml_kernels * level) {
     table->isa = level->isa;
-    table->requires |= level->requires;
+    table->needs |= level->needs;
     for (int type = 0; type < GGML_TYPE_COUNT; type++) TAKE(matmul[type]);
     TAKE(quantize_act);
     TAKE(layer_norm);
@@ -48,7 +48,7 @@ static void init(void) {
     ggml_cpu_describe(features, features_text, sizeof features_text);
     struct ggml_kernels table = {0};
     for (int i = 0; i < LEVELS; i++) {
-        if (levels[i]->requires & ~features) continue;
+        if (levels[i]->needs & ~features) continue;
         lay_over(&table, levels[i]);
         tables[i] = table;
     }

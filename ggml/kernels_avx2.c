@@ -564,7 +564,7 @@ static int32_t dot_all(size_t n) {
 
 const struct ggml_kernels ggml_kernels_avx2 = {
     .isa = "avx2",
-    .requires = CPU_AVX | CPU_AVX2 | CPU_FMA | CPU_F16C,
+    .needs = CPU_AVX | CPU_AVX2 | CPU_FMA | CPU_F16C,
     .quantize_act = quantize_act,
     .matmul =
         {

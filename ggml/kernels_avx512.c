@@ -446,8 +446,8 @@ static int32_t dot_all(size_t n) {
 
 const struct ggml_kernels ggml_kernels_avx512 = {
     .isa = "avx512",
-    .requires = CPU_AVX | CPU_AVX2 | CPU_FMA | CPU_F16C | CPU_AVX512F | CPU_AVX512BW |
-                CPU_AVX512DQ | CPU_AVX512VL | CPU_AVX512VNNI,
+    .needs = CPU_AVX | CPU_AVX2 | CPU_FMA | CPU_F16C | CPU_AVX512F | CPU_AVX512BW | CPU_AVX512DQ |
+             CPU_AVX512VL | CPU_AVX512VNNI,
     .quantize_act = quantize_act,
     .matmul =
         {

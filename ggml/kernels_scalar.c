@@ -319,7 +319,7 @@ static int32_t dot_all(size_t n) {
 
 const struct ggml_kernels ggml_kernels_scalar = {
     .isa = "scalar",
-    .requires = 0,
+    .needs = 0,
     .quantize_act = quantize_act,
     .matmul =
         {

@@ -35,8 +35,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// How long to wait in the processor, and then how long to wait while others may run, before
-// sleeping.
+// A waiting thread keeps its processor for so long, then offers it to others, then sleeps.
 constexpr auto SPIN = std::chrono::microseconds(20);
 constexpr auto YIELD = std::chrono::microseconds(100);
 constexpr size_t PIECES_PER_THREAD = 8;
@@ -51,7 +50,8 @@ void relax() {
 #endif
 }
 
-// Waits until ready() holds or, if patience ends, forever or not at all.
+// Waits until ready() holds: as long as it takes, or (then it returns false) until it is time to
+// sleep.
 template <class Ready> bool wait_awake(Ready ready, bool forever) {
     const auto start = Clock::now();
     for (;;) {
@@ -82,6 +82,13 @@ struct Worker {
     std::mutex mutex;
     std::condition_variable wake;
     std::atomic<bool> sleeping{false};
+
+    // Empty as it is, the lock waits until a thread that is about to sleep can be woken.
+    void rouse() {
+        mutex.lock();
+        mutex.unlock();
+        wake.notify_one();
+    }
 };
 
 struct Crew {
@@ -105,10 +112,7 @@ struct Crew {
 Crew::~Crew() {
     stop = true;
     for (auto & worker : workers) {
-        {
-            std::lock_guard<std::mutex> lock(worker->mutex);
-        }
-        worker->wake.notify_one();
+        worker->rouse();
         worker->thread.join();
     }
 }
@@ -182,9 +186,7 @@ void Crew::run(const Job & new_job) {
     state = (state / NUMBER + 1) * NUMBER | OPEN;
     for (size_t i = 0; i < active; i++) {
         Worker & worker = *workers[i];
-        if (!worker.sleeping) continue;
-        { std::lock_guard<std::mutex> lock(worker.mutex); }
-        worker.wake.notify_one();
+        if (worker.sleeping) worker.rouse();
     }
     take_pieces();
     state.fetch_and(~OPEN);
