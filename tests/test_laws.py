@@ -24,13 +24,14 @@ FLOORS = [
     {"ggmf", "model", "tokenizer"},
     {"checkpoint"},
     {"convert", "generate", "info", "perplexity", "quantize", "train"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]
 ONLY_IN = {
     "ctypes": {"library"},
     "torch": {"train"},
-    "matplotlib": {"train"},
+    "matplotlib": {"bench", "train"},
     "tokenizers": {"tokenizer"},
     "huggingface_hub": {"tokenizer"},
     "pickle": set(),

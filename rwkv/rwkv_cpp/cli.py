@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": (".convert", "Convert a checkpoint of RWKV-4 to a model file."),
     "quantize": (".quantize", "Write a quantized copy of a model."),
     "perplexity": (".perplexity", "Measure how well a model predicts a text."),
+    "bench": (".bench", "Measure how fast a model runs, beside this machine's limits."),
     "info": (".info", "Show what a model file holds, the memory it takes and this library."),
     "train": (".train", "Train a small RWKV-4 on a text file, from scratch."),
 }
