@@ -46,7 +46,7 @@ GGML_INLINE void unpack(enum ggml_type type, const uint8_t * block, int16_t q[32
 }
 
 /* t = float(sum of q * a) * d over weights [first, last) of a block, one per row. */
-GGML_INLINE void dot(const int16_t q[32][LANES], const struct ggml_act * act, int first, int last,
+GGML_INLINE void dot(int16_t q[32][LANES], const struct ggml_act * act, int first, int last,
                      float * t) {
     int32_t sum[LANES] = {0};
     for (int k = first; k < last; k++) {
