@@ -3,7 +3,6 @@
 #include "file.h"
 
 #include "rwkv_error.h"
-#include "rwkv.h"
 
 #include <algorithm>
 #include <cerrno>
@@ -27,6 +26,8 @@
 #endif
 
 namespace fs = std::filesystem;
+
+namespace rwkv {
 
 // ---- The two families of systems ----------------------------------------------------------------
 
@@ -323,3 +324,5 @@ void OutputFile::commit() {
     temporary_.clear();
     os::fsync_folder(folder_of(target_));
 }
+
+}  // namespace rwkv

@@ -1,4 +1,4 @@
-/* file.h: what rwkv.cpp needs of the operating system: reading, mapping and replacing files.
+/* file.h: what the core needs of the operating system: reading, mapping and replacing files.
  *
  * Everything throws Error with the path and the system's reason. Paths are UTF-8 on Windows and any
  * bytes elsewhere. */
@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <filesystem>
 #include <string>
+
+namespace rwkv {
 
 /* A regular file, opened for reading. Its size is asked for once: what another process makes of the
  * file meanwhile shows as a short read, never as a different size. */
@@ -65,5 +67,7 @@ class OutputFile {
     std::filesystem::path target_, temporary_;
     int fd_ = -1;
 };
+
+}  // namespace rwkv
 
 #endif

@@ -1,0 +1,442 @@
+#include "arch/rwkv4.h"
+
+#include "rwkv_error.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <initializer_list>
+#include <string>
+#include <utility>
+
+namespace rwkv {
+
+// ---- Tensors ------------------------------------------------------------------------------------
+
+// A dimension, by the member of Shape that says how long it is.
+using Dim = size_t Shape::*;
+constexpr Dim VOCAB = &Shape::n_vocab, EMBED = &Shape::n_embed, FFN = &Shape::n_ffn;
+
+struct Slot {
+    const char * name;           // of a layer's tensor: what follows "blocks.N."
+    Weight Weights::* of_model;  // where it goes: one of these two
+    Weight Layer::* of_layer;
+    Kind kind;
+    Dim rows, cols;  // a vector has cols only
+
+    constexpr Slot(const char * n, Weight Weights::* to, Kind k = VECTOR, Dim r = nullptr)
+        : name(n), of_model(to), of_layer(nullptr), kind(k), rows(r), cols(EMBED) {}
+    constexpr Slot(const char * n, Weight Layer::* to, Kind k = VECTOR, Dim r = nullptr,
+                   Dim c = EMBED)
+        : name(n), of_model(nullptr), of_layer(to), kind(k), rows(r), cols(c) {}
+};
+
+// THE table of tensors: loading, checking, messages and quantizing all go by it.
+const Slot slots[] = {
+    {"emb.weight", &Weights::emb, EMBEDDING, VOCAB},
+    {"ln0.weight", &Layer::ln0_weight, FIRST_VECTOR},
+    {"ln0.bias", &Layer::ln0_bias, FIRST_VECTOR},
+    {"ln1.weight", &Layer::ln1_weight},
+    {"ln1.bias", &Layer::ln1_bias},
+    {"ln2.weight", &Layer::ln2_weight},
+    {"ln2.bias", &Layer::ln2_bias},
+    {"att.time_mix_k", &Layer::att_time_mix_k},
+    {"att.time_mix_v", &Layer::att_time_mix_v},
+    {"att.time_mix_r", &Layer::att_time_mix_r},
+    {"att.time_first", &Layer::att_time_first},
+    {"att.time_decay", &Layer::att_time_decay},
+    {"att.key.weight", &Layer::att_key, MATRIX, EMBED},
+    {"att.value.weight", &Layer::att_value, MATRIX, EMBED},
+    {"att.receptance.weight", &Layer::att_receptance, MATRIX, EMBED},
+    {"att.output.weight", &Layer::att_output, MATRIX, EMBED},
+    {"ffn.time_mix_k", &Layer::ffn_time_mix_k},
+    {"ffn.time_mix_r", &Layer::ffn_time_mix_r},
+    {"ffn.key.weight", &Layer::ffn_key, MATRIX, FFN},
+    {"ffn.value.weight", &Layer::ffn_value, MATRIX, EMBED, FFN},
+    {"ffn.receptance.weight", &Layer::ffn_receptance, MATRIX, EMBED},
+    {"ln_out.weight", &Weights::ln_out_weight},
+    {"ln_out.bias", &Weights::ln_out_bias},
+    {"head.weight", &Weights::head, HEAD, VOCAB},
+};
+
+Kind kind_of(const Tensor & tensor) {
+    return tensor.slot->kind;
+}
+
+bool is_vector(const Tensor & tensor) {
+    return tensor.slot->rows == nullptr;
+}
+
+bool is_needed(const Tensor & tensor) {
+    return tensor.slot->kind != FIRST_VECTOR || tensor.layer == 0;
+}
+
+Weight & weight_of(Weights & weights, const Tensor & tensor) {
+    const Slot & slot = *tensor.slot;
+    if (slot.of_model != nullptr) return weights.*slot.of_model;
+    return weights.layers[tensor.layer].*slot.of_layer;
+}
+
+static std::string tensor_name(const Slot & slot, size_t layer) {
+    return slot.of_model != nullptr ? slot.name : text("blocks.%zu.%s", layer, slot.name);
+}
+
+// Finds what a tensor is for by its name; false: a model of this kind has no such tensor.
+static bool find_slot(Tensor & tensor) {
+    size_t skip = 0;
+    unsigned layer = 0;
+    int length = 0;
+    if (std::sscanf(tensor.name.c_str(), "blocks.%9u.%n", &layer, &length) == 1 && length > 0) {
+        skip = (size_t)length;
+    }
+    for (const Slot & slot : slots) {
+        if ((slot.of_model != nullptr) != (skip == 0)) continue;
+        if (tensor.name.compare(skip, std::string::npos, slot.name) != 0) continue;
+        tensor.slot = &slot;
+        tensor.layer = layer;
+        return tensor_name(slot, layer) == tensor.name;  // "blocks.07." is not "blocks.7."
+    }
+    return false;
+}
+
+// Calls f(slot, layer) for each tensor that a model must have.
+template <class F> static void each_needed(size_t n_layer, F f) {
+    for (const Slot & slot : slots) {
+        const bool once = slot.of_model != nullptr || slot.kind == FIRST_VECTOR;
+        for (size_t layer = 0; layer < (once ? 1 : n_layer); layer++) f(slot, layer);
+    }
+}
+
+// What a model with a tensor that RWKV-4 does not know seems to be.
+static const char * guess_architecture(const Index & index) {
+    // A later architecture has the tensors of earlier ones too, so it comes first.
+    static const struct {
+        const char * part;
+        const char * architecture;
+    } signs[] = {
+        {".lora_", "an RWKV-4 LoRA; merge it into its model first"},
+        {"ffn.s_emb", "RWKV-7 with DeepEmbed, which is not supported"},
+        {"att.r_k", "RWKV-7, which is not supported yet"},
+        {"att.x_", "RWKV-7, which is not supported yet"},
+        {"time_maa", "RWKV-6, which is not supported yet"},
+        {"time_faaaa", "RWKV-5.2, which is not supported yet"},
+        {"att.gate", "RWKV-5.2, which is not supported yet"},
+        {"att.ln_x", "RWKV-5, which is not supported yet"},
+        {"tiny_", "RWKV-4a (with tiny attention), which is not supported yet"},
+        {"pos_emb", "RWKV-4 with positional embeddings, which are not supported"},
+        {"ffnPre",
+         "RWKV-4 with a feed-forward layer in place of attention, which is not supported"},
+        {"head_", "RWKV-4 with head_qk, which is not supported"},
+    };
+    for (const auto & sign : signs) {
+        for (const Tensor & tensor : index.tensors) {
+            if (tensor.name.find(sign.part) != std::string::npos) return sign.architecture;
+        }
+    }
+    return "of an unknown architecture";
+}
+
+static std::string dims_text(const std::vector<size_t> & dims) {
+    std::string result;
+    for (const size_t n : dims) result += (result.empty() ? "" : " x ") + std::to_string(n);
+    return result;
+}
+
+static std::vector<size_t> expected_dims(const Slot & slot, const Shape & shape) {
+    if (slot.rows == nullptr) return {shape.*slot.cols};
+    return {shape.*slot.rows, shape.*slot.cols};
+}
+
+// Sets what read_index leaves open, and checks that this is a model.
+static void check_tensors(Index & index) {
+    Shape & shape = index.shape;
+    const char * path = index.path.c_str();
+    for (Tensor & tensor : index.tensors) {
+        const char * name = tensor.name.c_str();
+        if (!find_slot(tensor)) {
+            fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_UNSUPPORTED,
+                 "%s: unknown tensor '%s': the model seems to be %s", path, name,
+                 guess_architecture(index));
+        }
+        if (tensor.layer >= shape.n_layer) {
+            fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_KEY,
+                 "%s: unexpected tensor '%s': n_layer is %zu, says the header", path, name,
+                 shape.n_layer);
+        }
+        if (tensor.slot->rows == FFN && tensor.layer == 0) {
+            shape.n_ffn =
+                check_dimension(RWKV_ERROR_MODEL_PARAMS, index.path, name, tensor.dims[0], max_ffn);
+        }
+    }
+    each_needed(shape.n_layer, [&](const Slot & slot, size_t layer) {
+        const std::string name = tensor_name(slot, layer);
+        if (index.names.count(name) != 0) return;
+        fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_PARAM_MISSING,
+             "%s: tensor '%s' is missing: found %zu tensors, n_layer is %zu (truncated download?)",
+             path, name.c_str(), index.tensors.size(), shape.n_layer);
+    });
+    for (const Tensor & tensor : index.tensors) {
+        const std::vector<size_t> expected = expected_dims(*tensor.slot, shape);
+        if (tensor.dims != expected) {
+            fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_SHAPE,
+                 "%s: tensor '%s': expected shape %s, file has %s", path, tensor.name.c_str(),
+                 dims_text(expected).c_str(), dims_text(tensor.dims).c_str());
+        }
+        if (is_vector(tensor) && tensor.type != GGML_TYPE_FP32) {
+            fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_DATA_TYPE,
+                 "%s: tensor '%s': expected FP32 as for all vectors, file has %s", path,
+                 tensor.name.c_str(), type_name(tensor.type));
+        }
+    }
+}
+
+Index read_model_index(const InputFile & file) {
+    Index index = read_index(file);
+    check_tensors(index);
+    return index;
+}
+
+Index imagine_index(size_t n_vocab, size_t n_embed, size_t n_layer, ggml_type type) {
+    const std::string where = "a model of this shape";
+    check_dimension(RWKV_ERROR_ARGS, where, "n_vocab", n_vocab, max_vocab);
+    check_dimension(RWKV_ERROR_ARGS, where, "n_embed", n_embed, max_embed);
+    check_dimension(RWKV_ERROR_ARGS, where, "n_layer", n_layer, max_layers);
+    check_row(RWKV_ERROR_ARGS, where, n_embed, type);
+    const Shape shape = {n_vocab, n_embed, n_layer, 4 * n_embed};
+    Index index;
+    index.size = header_size;
+    index.shape = shape;
+    each_needed(shape.n_layer, [&](const Slot & slot, size_t layer) {
+        Tensor tensor = {tensor_name(slot, layer),
+                         GGML_TYPE_FP32,
+                         expected_dims(slot, shape),
+                         1,
+                         shape.*slot.cols,
+                         0,
+                         0,
+                         &slot,
+                         layer};
+        if (!is_vector(tensor)) {
+            tensor.rows = shape.*slot.rows;
+            const bool table = slot.kind != MATRIX && type != GGML_TYPE_FP32;
+            tensor.type = table ? GGML_TYPE_FP16 : type;
+        }
+        tensor.size = tensor.rows * (uint64_t)ggml_row_size(tensor.type, tensor.cols);
+        index.size += record_size(tensor) + tensor.size;
+        index.tensors.push_back(std::move(tensor));
+    });
+    return index;
+}
+
+// ---- Evaluation ---------------------------------------------------------------------------------
+
+size_t state_length(const Shape & shape) {
+    return STATE_VECTORS * shape.n_embed * shape.n_layer;
+}
+
+void initial_state(const Shape & shape, float * state) {
+    for (size_t i = 0; i < state_length(shape); i++) {
+        const float value = i / shape.n_embed % STATE_VECTORS == PP ? -1e30f : 0.0f;
+        std::memcpy((char *)state + i * sizeof value, &value, sizeof value);
+    }
+}
+
+uint64_t lay_out(Scratch & s, const Shape & shape, uint8_t * base) {
+    uint64_t used = 0;
+    const auto take = [&](uint64_t n) {
+        uint8_t * p = base == nullptr ? nullptr : base + used;
+        used += aligned(n);
+        return p;
+    };
+    const auto rows = [&](Rows & r, size_t count, size_t n, bool input) {
+        r.n = n;
+        r.x = (float *)take(count * (uint64_t)n * sizeof(float));
+        r.act_size = input ? ggml_act_size(n) : 0;
+        r.act = take(count * (uint64_t)r.act_size);
+    };
+    for (Rows * r : {&s.xk, &s.xv, &s.xr, &s.y}) rows(*r, max_rows, shape.n_embed, true);
+    for (Rows * r : {&s.x, &s.xx, &s.k, &s.v, &s.r}) rows(*r, max_rows, shape.n_embed, false);
+    rows(s.ffn, max_rows, shape.n_ffn, true);
+    rows(s.logits, max_logit_rows, shape.n_vocab, false);
+    return used;
+}
+
+namespace {
+
+struct Forward : Pass {
+    const size_t n = shape.n_embed;
+
+    // Calls f(t) for each row of the chunk.
+    template <class F> void each_row(F f) const {
+        team.run(chunk.n_rows, 1, [&](size_t first, size_t last) {
+            for (size_t t = first; t < last; t++) f(t);
+        });
+    }
+
+    const Segment & segment(size_t t) const { return chunk.segments[chunk.segment_of[t]]; }
+
+    float * state(const Segment & segment, size_t layer, StateVector v) const {
+        return segment.run->state + (layer * STATE_VECTORS + v) * n;
+    }
+
+    void quantize(const Weight & w, const Rows & in, size_t t) const {
+        if (!ggml_type_traits(w.type)->quantized) return;
+        kernels.quantize_act(in.n, in[t], in.act + t * in.act_size);
+    }
+
+    // Mixes xx with that of the token before, as input of w.
+    void shift(size_t t, size_t layer, StateVector carried, const Weight & mix, const Weight & w,
+               const Rows & out) const {
+        const Segment & in = segment(t);
+        const float * before = t > in.first ? s.xx[t - 1] : state(in, layer, carried);
+        kernels.lerp(n, s.xx[t], before, mix, out[t]);
+        quantize(w, out, t);
+    }
+
+    // Keeps xx of the last token for the next one.
+    void carry(size_t layer, StateVector carried) const {
+        for (size_t i = 0; i < chunk.n_segments; i++) {
+            const Segment & segment = chunk.segments[i];
+            float * to = state(segment, layer, carried);
+            std::memcpy(to, s.xx[segment.last - 1], n * sizeof(float));
+        }
+    }
+
+    struct Product {
+        const Weight & w;
+        const Rows & in;
+        const Rows & out;
+    };
+
+    // out = w·in for products that do not depend on each other, as one piece of work.
+    void multiply(std::initializer_list<Product> products) const {
+        multiply(products, chunk.n_rows);
+    }
+
+    void multiply(std::initializer_list<Product> products, size_t n_rows) const {
+        const auto stripes = [](const Weight & w) {
+            return (w.rows + GGML_STRIPE - 1) / GGML_STRIPE;
+        };
+        size_t total = 0;
+        for (const Product & p : products) total += stripes(p.w);
+        team.run(total, 1, [&](size_t first, size_t last) {
+            for (const Product & p : products) {
+                const size_t count = stripes(p.w);
+                if (first < count && first < last) {
+                    const ggml_input in = {p.in.x, p.in.n, p.in.act, n_rows};
+                    kernels.matmul[p.w.type](&p.w, &in, p.out.x, p.out.n, first * GGML_STRIPE,
+                                             std::min(last * GGML_STRIPE, p.w.rows));
+                }
+                first -= std::min(first, count);
+                last -= std::min(last, count);
+            }
+        });
+    }
+
+    void embed() const {
+        const Weight & emb = weights.emb;
+        const Layer & l = weights.layers[0];
+        const size_t row_size = ggml_row_size(emb.type, n);
+        each_row([&](size_t t) {
+            const Segment & in = segment(t);
+            const uint32_t token = token_at(in.run->sequence, in.token + t - in.first);
+            ggml_dequantize_row(emb.type, (const uint8_t *)emb.data + token * row_size, s.x[t], n);
+            kernels.layer_norm(n, s.x[t], l.ln0_weight, l.ln0_bias, s.x[t]);
+        });
+    }
+
+    // x += O·(σ(r)·wkv)
+    void time_mixing(size_t layer) const {
+        const Layer & l = weights.layers[layer];
+        each_row(
+            [&](size_t t) { kernels.layer_norm(n, s.x[t], l.ln1_weight, l.ln1_bias, s.xx[t]); });
+        each_row([&](size_t t) {
+            shift(t, layer, ATT_XX, l.att_time_mix_k, l.att_key, s.xk);
+            shift(t, layer, ATT_XX, l.att_time_mix_v, l.att_value, s.xv);
+            shift(t, layer, ATT_XX, l.att_time_mix_r, l.att_receptance, s.xr);
+        });
+        carry(layer, ATT_XX);
+        multiply({{l.att_key, s.xk, s.k}, {l.att_value, s.xv, s.v}, {l.att_receptance, s.xr, s.r}});
+        team.run(n, 16, [&](size_t first, size_t last) { average(layer, first, last); });
+        each_row([&](size_t t) { quantize(l.att_output, s.y, t); });
+        multiply({{l.att_output, s.y, s.v}});
+        each_row([&](size_t t) { kernels.add(n, s.v[t], s.x[t]); });
+    }
+
+    // y = σ(r)·wkv for some channels: token after token, the sum over all before it.
+    void average(size_t layer, size_t first, size_t last) const {
+        const Layer & l = weights.layers[layer];
+        for (size_t i = 0; i < chunk.n_segments; i++) {
+            const Segment & segment = chunk.segments[i];
+            float * aa = state(segment, layer, AA) + first;
+            float * bb = state(segment, layer, BB) + first;
+            float * pp = state(segment, layer, PP) + first;
+            for (size_t t = segment.first; t < segment.last; t++) {
+                float * y = s.y[t] + first;
+                kernels.wkv(last - first, l.att_time_first + first, l.att_time_decay + first,
+                            s.k[t] + first, s.v[t] + first, aa, bb, pp, y);
+                kernels.sigmoid_mul(last - first, s.r[t] + first, y, y);
+            }
+        }
+    }
+
+    // x += σ(r)·(V·relu(k)²)
+    void channel_mixing(size_t layer) const {
+        const Layer & l = weights.layers[layer];
+        each_row(
+            [&](size_t t) { kernels.layer_norm(n, s.x[t], l.ln2_weight, l.ln2_bias, s.xx[t]); });
+        each_row([&](size_t t) {
+            shift(t, layer, FFN_XX, l.ffn_time_mix_k, l.ffn_key, s.xk);
+            shift(t, layer, FFN_XX, l.ffn_time_mix_r, l.ffn_receptance, s.xr);
+        });
+        carry(layer, FFN_XX);
+        multiply({{l.ffn_key, s.xk, s.ffn}, {l.ffn_receptance, s.xr, s.r}});
+        each_row([&](size_t t) {
+            kernels.relu2(s.ffn.n, s.ffn[t], s.ffn[t]);
+            quantize(l.ffn_value, s.ffn, t);
+        });
+        multiply({{l.ffn_value, s.ffn, s.v}});
+        each_row([&](size_t t) { kernels.sigmoid_mul_add(n, s.r[t], s.v[t], s.x[t]); });
+    }
+
+    void keep_hidden() const {
+        each_row([&](size_t t) {
+            const Segment & in = segment(t);
+            const Run & run = *in.run;
+            const size_t until_end = run.sequence.n_tokens - (in.token + t - in.first);
+            if (until_end > run.n_hidden) return;
+            float * hidden = run.hidden + (run.n_hidden - until_end) * n;
+            kernels.layer_norm(n, s.x[t], weights.ln_out_weight, weights.ln_out_bias, hidden);
+        });
+    }
+
+    void head(float * hidden, size_t n_rows) const {
+        const Rows in = {hidden, n, s.xk.act, s.xk.act_size};
+        team.run(n_rows, 1, [&](size_t first, size_t last) {
+            for (size_t t = first; t < last; t++) quantize(weights.head, in, t);
+        });
+        multiply({{weights.head, in, s.logits}}, n_rows);
+    }
+};
+
+}  // namespace
+
+void embed(const Pass & pass) {
+    Forward{pass}.embed();
+}
+
+void evaluate_layer(const Pass & pass, size_t layer) {
+    const Forward forward{pass};
+    forward.time_mixing(layer);
+    forward.channel_mixing(layer);
+}
+
+void keep_hidden(const Pass & pass) {
+    Forward{pass}.keep_hidden();
+}
+
+void evaluate_head(const Pass & pass, float * hidden, size_t n_rows) {
+    Forward{pass}.head(hidden, n_rows);
+}
+
+}  // namespace rwkv
