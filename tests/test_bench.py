@@ -79,7 +79,7 @@ def test_limit_that_applies():
 )
 def test_noisy_repetitions_are_done_again(levels, n_measured, kept):
     left = iter(levels)
-    results = bench.repeat(lambda: Noise(0.0, next(left)), lambda noise: [noise])
+    results = bench.repeat(lambda: Noise(0.0, next(left)), lambda noise: [noise], 5)
     assert [noise.others for noise in results] == kept
     assert len(list(left)) == len(levels) - n_measured
 
@@ -146,7 +146,7 @@ def quick(monkeypatch, tmp_path):
     """Runs `rwkv bench` on small things, in this process."""
     for name, value in {
         "REPETITIONS": 2,
-        "_ATTEMPTS": 2,
+        "_PATIENCE": 1,
         "_SECONDS": 1e-3,
         "_N_VOCAB": 300,
     }.items():

@@ -52,7 +52,7 @@ Report = Callable[[str], object]
 PROMPT = 256  # tokens
 BATCHES = (1, 2, 4, 8, 16)  # sequences
 REPETITIONS = 5  # that count …
-_ATTEMPTS = 3 * REPETITIONS  # … out of at most so many
+_PATIENCE = 3  # … out of at most so many times as many
 QUIET = 0.01  # the share of the CPUs' time that others may take
 _SECONDS = 0.3  # that a rate is measured for at least
 _SAMPLE = 1 << 30  # bytes that show the memory's rate, unless the cache is large
@@ -168,11 +168,12 @@ def measure_machine(
 # ---- Figures -------------------------------------------------------------------------------------
 
 
-def repeat(measure: Callable[[], T], noise_of: Callable[[T], Iterable[Noise | None]]) -> list[T]:
-    """Measure until REPETITIONS were quiet or all attempts are used up. Return the quietest, then
-    the others."""
+def repeat(
+    measure: Callable[[], T], noise_of: Callable[[T], Iterable[Noise | None]], count: int
+) -> list[T]:
+    """Measure until `count` results were quiet, or patience ends. The quietest come first."""
     results: list[tuple[float, T]] = []
-    while sum(level <= QUIET for level, _ in results) < REPETITIONS and len(results) < _ATTEMPTS:
+    while sum(level <= QUIET for level, _ in results) < count and len(results) < _PATIENCE * count:
         result = measure()
         results.append((loudest(noise_of(result)), result))
     results.sort(key=lambda pair: pair[0])
@@ -308,7 +309,7 @@ def measure_model(
             report(f"{name}: round {next(numbers)}")
             return {n: measure_round(library, contexts[n], n, sample) for n in contexts}
 
-        rounds = repeat(measure, lambda result: [r.noise for r in result.values()])
+        rounds = repeat(measure, lambda result: [r.noise for r in result.values()], REPETITIONS)
         for context in contexts.values():
             context.free()
     _, records = read_index(path)
@@ -384,7 +385,7 @@ def measure_loading(library: RWKVSharedLibrary, path: Path, n_threads: int) -> l
         def measure() -> Loading:
             return pool.apply(load_once, (library.path, path, n_threads, next(with_prompt, False)))
 
-        return repeat(measure, lambda loading: [loading.noise])
+        return repeat(measure, lambda loading: [loading.noise], REPETITIONS)
 
 
 def _leave_interrupts_to_parent() -> None:
