@@ -1,6 +1,7 @@
 """Checkpoints are read right, and nothing but data is read out of them (faults.md C-01..C-13)."""
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -792,6 +793,14 @@ def test_safetensors_with_metadata_and_padding(opened):
         with opened(each) as checkpoint:
             assert checkpoint.keys() == ["b", "a"]
             assert same_bits(checkpoint.read("a"), WEIGHTS.astype(np.float16).astype(np.float32))
+
+
+def test_safetensors_header_of_any_length(opened):
+    """Its first byte may be that of another format: 0x80 begins a pickle."""
+    text = json.dumps(entry()).encode()
+    for length in range(128, 128 + 256):
+        with opened(make.safetensors({"a": ("F32", WEIGHTS)}, text.ljust(length))) as checkpoint:
+            assert same_bits(checkpoint.read("a"), WEIGHTS)
 
 
 def test_write_safetensors(tmp_path):

@@ -165,10 +165,10 @@ def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
         size = os.fstat(file.fileno()).st_size
         if head[:4] == b"PK\x03\x04":
             root, storages = _read_zip_checkpoint(file, size)
+        elif head[4:9] == b"\0\0\0\0{":  # the length before may begin with a pickle's byte
+            root, storages = _read_safetensors(file, size)
         elif head[:1] == b"\x80":
             root, storages = _read_legacy_checkpoint(file, size)
-        elif head[4:9] == b"\0\0\0\0{":
-            root, storages = _read_safetensors(file, size)
         else:
             raise _Foreign(recognise(head))
         return Checkpoint(path, file, _flat(_select(root, key)), storages)

@@ -8,7 +8,7 @@ that the caller gives, and only functions out of that table can be called.
 import io
 import pickletools
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -69,7 +69,7 @@ def _run(
     memo: dict[int, Any] = {}
     length = len(stream.getbuffer())
 
-    for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
+    for count, (opcode, argument, position) in enumerate(_opcodes(stream)):
         if count == _MAX_OPCODES:
             raise ValueError(f"a pickle of more than {_MAX_OPCODES} steps")
         name = opcode.name
@@ -138,6 +138,13 @@ def _run(
         elif name != "PROTO":
             raise ValueError(f"opcode {name} at byte {position} is not allowed in a checkpoint")
     raise ValueError("damaged pickle: it ends without STOP")
+
+
+def _opcodes(stream: io.BytesIO) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
+    try:
+        yield from pickletools.genops(stream)
+    except ValueError as error:
+        raise ValueError(f"damaged pickle: {error}") from None
 
 
 def _expect(value: Any, kind: type, opcode: str) -> Any:
