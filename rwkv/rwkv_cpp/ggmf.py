@@ -18,6 +18,7 @@ import numpy as np
 
 from .atomic import replacing
 from .errors import RWKVFileError
+from .library import load_rwkv_shared_library
 
 MAGIC = 0x67676D66
 VERSIONS = (100, 101)
@@ -267,9 +268,10 @@ def _row_size(where: str, version: int, data_type: int, n_elements: int) -> int:
     if not 0 <= data_type < 10:
         hint = ", a K-quant of 2025" if 10 <= data_type <= 16 else ""
         raise ValueError(f"{where}: data type {data_type}{hint}, expected 0 to 9")
-    from . import library
-
-    try:
-        return library.row_size(version, data_type, n_elements)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    size = load_rwkv_shared_library().rwkv_get_row_size(version, data_type, n_elements)
+    if size == 0:
+        raise ValueError(
+            f"{where}: files of version {version} have no rows of {n_elements} weights in data "
+            f"type {data_type}"
+        )
+    return size

@@ -719,24 +719,3 @@ def _load(path: str | None) -> RWKVSharedLibrary:
         + "\n  cmake -DBUILD_SHARED_LIBS=ON . && cmake --build . --config Release"
         + "\nor set RWKV_LIBRARY_PATH to the file"
     )
-
-
-# ---- Formats -------------------------------------------------------------------------------------
-
-
-def format_name(data_type: int) -> str:
-    """Return the name of a data type in a file ("FP16" for 1). Raises ValueError."""
-    name = load_rwkv_shared_library().rwkv_get_format_name(data_type)
-    if name is None:
-        raise ValueError(f"unknown data type {data_type}")
-    return name
-
-
-def row_size(file_version: int, data_type: int, n: int) -> int:
-    """Return the bytes of a row of `n` weights in files of that version. Raises ValueError."""
-    size = load_rwkv_shared_library().rwkv_get_row_size(file_version, data_type, n)
-    if size == 0:
-        raise ValueError(
-            f"files of version {file_version} have no rows of {n} weights in data type {data_type}"
-        )
-    return size
