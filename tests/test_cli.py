@@ -1,12 +1,13 @@
 """cli.py: the table of commands, exit codes, one line per error."""
 
+import shlex
 import subprocess
 import sys
 
 import click
 import pytest
 import rwkv_cpp
-from commands import environment, run, rwkv
+from commands import CONSOLE, environment, run, rwkv
 from rwkv_cpp import cli
 
 
@@ -100,6 +101,7 @@ def test_errors_are_one_line(arguments, tmp_path):
         ("MemoryError('needs 5 bytes')", 1, "error: needs 5 bytes\n"),
         ("ValueError('a, b')", 1, "error: a, b\n"),
         ("FileNotFoundError(2, 'No such file', 'x.bin')", 1, "error: x.bin: No such file\n"),
+        ("OSError(28, 'No space left')", 1, "error: No space left\n"),
         ("OSError('odd')", 1, "error: odd\n"),
         ("rwkv_cpp.NonFiniteLogits('NaN')", 1, "error: NaN\n"),
         ("click.ClickException('so')", 1, "error: so\n"),
@@ -133,6 +135,15 @@ cli.run(fail)
     assert done.returncode == 1
     assert "KeyError" in done.stderr
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams(closed):
+    command = [shlex.quote(word) for word in [*CONSOLE, "generate", "-", "-n", "1"]]
+    done = run(["sh", "-c", " ".join([*command, closed])])
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
 
 
 def test_output_to_a_closed_pipe():

@@ -80,6 +80,7 @@ def test_command(tmp_path, tensors):
     done = rwkv("info", "--sizes")
     assert re.search(r"\n +169M +430M +1B5 +3B +7B +14B\n", done.stdout)
     assert re.search(r"\nQ4_1_O( +[\d.]+ [MG]B){6}\n", done.stdout)
+    assert rwkv("info", "--sizes", "-m", path).returncode == 2  # nothing is passed over in silence
     done = rwkv("info", "-m", tmp_path / "missing.bin")
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")

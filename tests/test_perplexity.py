@@ -102,6 +102,7 @@ def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "text").write_bytes(b"abc\xff")
     with pytest.raises(RWKVFileError, match="not UTF-8 at offset 3"):
         read_text(tmp_path / "text")
+    assert rwkv("perplexity", "-", input=b"\xff").stderr == b"error: stdin: not UTF-8 at offset 0\n"
 
 
 # ---- the command ----

@@ -88,9 +88,9 @@ def main_as(name: str, *positional: str, **defaults: str) -> NoReturn:
 
 def run(command: click.Command) -> NoReturn:
     """Run a command on the process's arguments and exit."""
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller, as `>&-` does
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character of the text
             stream.reconfigure(errors="replace")
@@ -111,7 +111,8 @@ def run(command: click.Command) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        text = error.strerror or str(error)
+        _fail(f"{error.filename}: {text}" if error.filename else text)
     except (RWKVError, ValueError) as error:
         _fail(str(error))
     except MemoryError as error:

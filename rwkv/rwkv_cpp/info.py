@@ -86,6 +86,8 @@ def command(model_path: Path | None, show_sizes: bool) -> None:
     """
     library = load_rwkv_shared_library()
     if show_sizes:
+        if model_path:
+            raise click.UsageError("--sizes shows released models, leave out --model")
         _print_sizes(sizes(library))
         return
     if model_path or EMBEDDED_MODEL.is_file():

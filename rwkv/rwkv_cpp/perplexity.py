@@ -109,11 +109,13 @@ def cross_entropy(logits: np.ndarray, target: int) -> float:
 
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, - for stdin. Raises RWKVFileError for other encodings."""
-    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    is_stdin = str(path) == "-"
+    data = sys.stdin.buffer.read() if is_stdin else path.read_bytes()
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise RWKVFileError(f"{path}: not UTF-8 at offset {error.start}") from None
+        name = "stdin" if is_stdin else path
+        raise RWKVFileError(f"{name}: not UTF-8 at offset {error.start}") from None
 
 
 @click.command()
