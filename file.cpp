@@ -15,7 +15,9 @@
 #include <sys/stat.h>
 #include <sys/types.h>
 #ifdef _WIN32
+#ifndef NOMINMAX
 #define NOMINMAX
+#endif
 #include <io.h>
 #include <windows.h>
 #else
@@ -166,6 +168,7 @@ template <class F> static void each_name(const fs::path & folder, F f) {
 }
 
 static const void * map(int fd, uint64_t size) {
+    if (size != (size_t)size) return nullptr;
     void * data = mmap(nullptr, (size_t)size, PROT_READ, MAP_SHARED, fd, 0);
     return data == MAP_FAILED ? nullptr : data;
 }

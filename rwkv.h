@@ -22,7 +22,7 @@
 #include <stdint.h>
 
 #ifdef RWKV_SHARED
-#if defined(_WIN32) && !defined(__MINGW32__)
+#ifdef _WIN32
 #ifdef RWKV_BUILD
 #define RWKV_API __declspec(dllexport)
 #else
@@ -256,16 +256,16 @@ RWKV_API bool rwkv_quantize_model_file(const char * model_file_path_in,
 /* The name of a data type in a file ("FP16" for 1), or NULL. */
 RWKV_API const char * rwkv_get_format_name(uint32_t data_type);
 
-/* Bytes of a row of n weights, or 0 if files of that version have no such type or n is not a whole
- * number of its blocks. */
+/* Bytes of a row of n weights, or 0 if files of that version have no such type, if n is not a multiple
+ * of 32 and the type is quantized, or if n is 2^32 or more. */
 RWKV_API size_t rwkv_get_row_size(uint32_t file_version, uint32_t data_type, size_t n);
 
 /* ---- This library --------------------------------------------------------------------------- */
 
 RWKV_API uint32_t rwkv_get_api_version(void);
 
-/* What the CPU offers and which kernels run ("AVX=1 AVX2=1 … ISA=avx2"): static text. The environment
- * variable RWKV_ISA (scalar, avx2, …) chooses another level for models loaded after it is set. */
+/* What the CPU offers and which kernels run ("AVX=1 AVX2=1 … ISA=avx2"); valid until this thread's next
+ * call. The environment variable RWKV_ISA (scalar, avx2, …) chooses another level for models loaded after it is set. */
 RWKV_API const char * rwkv_get_system_info_string(void);
 
 /* What this CPU's kernels can reach at most, per second. Since 1001. */

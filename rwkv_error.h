@@ -9,7 +9,9 @@
 #include <cstdio>
 #include <string>
 
-#ifdef __GNUC__
+#if defined(__MINGW32__)
+#define RWKV_LIKE_PRINTF(text, first) __attribute__((format(__MINGW_PRINTF_FORMAT, text, first)))
+#elif defined(__GNUC__)
 #define RWKV_LIKE_PRINTF(text, first) __attribute__((format(printf, text, first)))
 #else
 #define RWKV_LIKE_PRINTF(text, first)

@@ -10,7 +10,9 @@
 
 static int passed, failed;
 
-#if defined(__GNUC__)
+#if defined(__MINGW32__)
+__attribute__((format(__MINGW_PRINTF_FORMAT, 2, 3)))
+#elif defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
 #endif
 static inline bool check(bool ok, const char * format, ...) {
