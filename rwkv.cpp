@@ -66,16 +66,21 @@ template <class F> auto guard(Reporter * reporter, F body) noexcept -> decltype(
         report(reporter, RWKV_ERROR_CTX | RWKV_ERROR_ALLOC, "out of memory");
     } catch (const std::exception & error) {
         report(reporter, RWKV_ERROR_CTX, error.what());
+    } catch (...) {  // of a callback
+        report(reporter, RWKV_ERROR_CTX, "unknown exception");
     }
     return decltype(body())();
 }
 
-// Checks a struct of the caller that may be as short as in its first version (`oldest` bytes), or
-// longer than ours: what we don't know must be zero.
-void check_struct(const void * given, size_t size, size_t oldest, size_t known, const char * type) {
-    if (size < oldest || size > 4096) {
-        fail(RWKV_ERROR_ARGS, "%s: size is %zu, expected %zu", type, size, known);
-    }
+// Checks the size of a struct of the caller: it may be as short as in its first version (`oldest`
+// bytes), or longer than ours.
+void check_size(size_t size, size_t oldest, size_t known, const char * type) {
+    if (size >= oldest && size <= 4096) return;
+    fail(RWKV_ERROR_ARGS, "%s: size is %zu, expected %zu", type, size, known);
+}
+
+// What we don't know of a struct of the caller must be zero.
+void check_tail(const void * given, size_t size, size_t known, const char * type) {
     for (size_t i = known; i < size; i++) {
         if (((const char *)given)[i] == 0) continue;
         fail(RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED,
@@ -357,13 +362,14 @@ size_t start_runs(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_
     const Shape & shape = ctx.model->shape;
     ctx.runs.clear();
     ctx.spans.clear();
+    check_size(sizeof_sequence, sizeof(rwkv_sequence), sizeof(rwkv_sequence), "rwkv_sequence");
     add_span(ctx.spans, sequences, n_sequences, sizeof_sequence, false);
     size_t n_logits = 0, n_hidden = 0;
     for (size_t i = 0; i < n_sequences; i++) {
         Run run = {};
         rwkv_sequence & s = run.sequence;
         const char * given = (const char *)sequences + i * sizeof_sequence;
-        check_struct(given, sizeof_sequence, sizeof s, sizeof s, "rwkv_sequence");
+        check_tail(given, sizeof_sequence, sizeof s, "rwkv_sequence");
         std::memcpy(&s, given, sizeof s);
         check_sequence(*ctx.model, s, i);
         if (s.logits_out == nullptr) s.n_logits = 0;
@@ -442,7 +448,7 @@ void evaluate(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_sequ
               size_t sizeof_sequence) {
     const Turn turn(ctx.phase);
     const size_t n_logits = start_runs(ctx, sequences, n_sequences, sizeof_sequence);
-    const Team team(ctx.model->pool, ctx.n_threads);
+    const Team team(ctx.model->pool, ctx.n_threads, [&] { turn.check(); });
     const Model & model = *ctx.model;
     const Pass pass = {model.shape, model.weights, *model.kernels, ctx.scratch, team, ctx.chunk};
     for (size_t run = 0, token = 0; run < ctx.runs.size();) {
@@ -465,7 +471,8 @@ template <class T> T known_options(const T * given, const T & defaults, const ch
     if (given == nullptr) return defaults;
     uint32_t size;
     std::memcpy(&size, given, sizeof size);
-    check_struct(given, size, sizeof(T), sizeof(T), type);
+    check_size(size, sizeof(T), sizeof(T), type);
+    check_tail(given, size, sizeof(T), type);
     T options;
     std::memcpy(&options, given, sizeof options);
     return options;
@@ -473,7 +480,8 @@ template <class T> T known_options(const T * given, const T & defaults, const ch
 
 // Fills a struct of the caller as far as the caller knows it; its first version had `oldest` bytes.
 template <class T> void give(T * to, const T & result, size_t oldest, const char * type) {
-    check_struct(to, to->size, oldest, sizeof result, type);
+    check_size(to->size, oldest, sizeof result, type);
+    check_tail(to, to->size, sizeof result, type);
     std::memcpy((void *)to, &result, std::min<size_t>(to->size, sizeof result));
 }
 
@@ -518,7 +526,7 @@ void fill_memory(rwkv_memory * memory, const Index & index, const rwkv_load_opti
     need(memory != nullptr, "memory");
     const Sizes sizes = sizes_of(index, options.mmap);
     Scratch scratch;
-    rwkv_memory result;
+    rwkv_memory result = {};
     result.size = memory->size;
     result.file = index.size;
     result.mapped = sizes.mapped;

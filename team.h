@@ -35,10 +35,17 @@ inline Pool create_pool() {
  * caller's floating-point environment gives way to that in which results are defined. */
 class Team {
   public:
-    Team(const Pool & pool, unsigned n_threads)
-        : pool_(n_threads > 1 ? pool.get() : nullptr), saved_(ggml_fp_enter()) {
-        if (pool_ != nullptr) ggml_pool_acquire(pool_, n_threads);
+    /* while_waiting() is called now and then until others are done with the pool; it may throw. */
+    template <class F>
+    Team(const Pool & pool, unsigned n_threads, F while_waiting)
+        : pool_(n_threads > 1 ? pool.get() : nullptr) {
+        const unsigned patience = 10; /* ms */
+        while (pool_ != nullptr && ggml_pool_try_acquire(pool_, n_threads, patience) == 0) {
+            while_waiting();
+        }
+        saved_ = ggml_fp_enter();
     }
+    Team(const Pool & pool, unsigned n_threads) : Team(pool, n_threads, [] {}) {}
     ~Team() {
         if (pool_ != nullptr) ggml_pool_release(pool_);
         ggml_fp_leave(saved_);

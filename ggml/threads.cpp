@@ -93,7 +93,9 @@ struct Worker {
 
 struct Crew {
     const unsigned generation = forks;
-    std::mutex owner;  // held from acquire to release
+    std::mutex mutex;
+    std::condition_variable released;
+    std::atomic<std::thread::id> owner{};  // from acquire to release; changes under the mutex
     std::vector<std::unique_ptr<Worker>> workers;
     Job job{};
     alignas(64) std::atomic<uint64_t> state{0};
@@ -102,6 +104,7 @@ struct Crew {
     alignas(64) std::atomic<size_t> next{0};
 
     bool ours() const { return generation == forks; }
+    bool taken() const { return owner != std::thread::id(); }
     ~Crew();
     bool add_worker();
     void live(Worker & self, size_t index);
@@ -231,27 +234,49 @@ void ggml_pool_free(ggml_pool * pool) {
     delete pool;
 }
 
-unsigned ggml_pool_acquire(ggml_pool * pool, unsigned n_threads) {
+unsigned ggml_pool_try_acquire(ggml_pool * pool, unsigned n_threads, unsigned patience) {
     Crew * crew = own_crew(pool);
     if (!crew) return 1;
-    crew->owner.lock();
+    {
+        std::unique_lock<std::mutex> lock(crew->mutex);
+        const auto is_free = [crew] { return !crew->taken(); };
+        if (!crew->released.wait_for(lock, std::chrono::milliseconds(patience), is_free)) return 0;
+        crew->owner = std::this_thread::get_id();
+    }
     while (crew->workers.size() + 1 < n_threads && crew->add_worker()) {}
     const size_t active = std::min<size_t>(crew->workers.size(), n_threads > 0 ? n_threads - 1 : 0);
     crew->active = active;
     return unsigned(active + 1);
 }
 
+unsigned ggml_pool_acquire(ggml_pool * pool, unsigned n_threads) {
+    for (;;) {
+        const unsigned n = ggml_pool_try_acquire(pool, n_threads, 1000);
+        if (n > 0) return n;
+    }
+}
+
+// The crew that this thread has acquired in this process, or NULL.
+static Crew * acquired_crew(ggml_pool * pool) {
+    Crew * crew = pool ? pool->crew.load() : nullptr;
+    return crew && crew->ours() && crew->owner == std::this_thread::get_id() ? crew : nullptr;
+}
+
 void ggml_pool_release(ggml_pool * pool) {
-    Crew * crew = pool->crew;
-    if (!crew || !crew->ours()) return;
+    Crew * crew = acquired_crew(pool);
+    if (!crew) return;
     crew->active = 0;
-    crew->owner.unlock();
+    {
+        std::lock_guard<std::mutex> lock(crew->mutex);
+        crew->owner = std::thread::id();
+    }
+    crew->released.notify_one();
 }
 
 void ggml_pool_run(ggml_pool * pool, ggml_work * work, void * arg, size_t n, size_t unit) {
     if (n == 0) return;
-    Crew * crew = pool ? pool->crew.load() : nullptr;
-    const size_t threads = crew && crew->ours() ? crew->active + 1 : 1;
+    Crew * crew = acquired_crew(pool);
+    const size_t threads = crew ? crew->active + 1 : 1;
     if (threads == 1 || n <= unit) {
         work(arg, 0, n);
         return;

@@ -27,6 +27,10 @@ bool fault_disarm() {
     return calls_left <= 0;
 }
 
+bool fault_throw(void *, uint64_t, uint64_t) {
+    throw 1;
+}
+
 size_t fault_aligned_bytes() {
     return aligned_bytes;
 }

@@ -4,6 +4,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -24,6 +25,9 @@ void fault_arm(enum fault kind, long nth);
 
 /* No more failures. Returns whether the call that was to fail was made. */
 bool fault_disarm(void);
+
+/* Progress that throws what is no std::exception. */
+bool fault_throw(void * user, uint64_t done, uint64_t total);
 
 /* Bytes that operator new with an alignment has given out so far, a KiB or more at a time. */
 size_t fault_aligned_bytes(void);

@@ -212,6 +212,8 @@ static void test_null(void) { /* A-01 */
                 "no sequences");
     ctx_refused(ctx, rwkv_eval_batch(ctx, &empty, 1, sizeof empty), RWKV_ERROR_ARGS, "NULL",
                 "no tokens");
+    ctx_refused(ctx, rwkv_eval_batch(ctx, &empty, 1, 0), RWKV_ERROR_ARGS, "size is 0",
+                "structs of no size");
     check(rwkv_eval_batch(ctx, NULL, 0, 0), "a batch of none");
     check(rwkv_eval_sequence(ctx, NULL, 5, NULL, NULL, NULL), "NULL tokens do nothing");
     check(rwkv_eval_sequence_in_chunks(ctx, NULL, 5, 2, NULL, NULL, NULL),
@@ -545,7 +547,8 @@ static void test_bad_batches(void) {
 
 struct job {
     struct rwkv_context * ctx;
-    size_t first, n;
+    size_t n;
+    float *state, *logits;
     bool good;
     volatile bool done;
     char text[256];
@@ -582,34 +585,42 @@ static void test_contexts(void) { /* A-10, A-11 */
     }
 }
 
-static uint32_t long_sequence[40000];
+enum { LONG = 40000 };
 
 static void * evaluate_long(void * argument) {
     struct job * job = argument;
-    const size_t n = sizeof long_sequence / sizeof *long_sequence;
-    for (size_t i = 0; i < n; i++) long_sequence[i] = tokens[i % N_TOKENS];
+    uint32_t * sequence = malloc(LONG * sizeof *sequence);
+    for (size_t i = 0; i < LONG; i++) sequence[i] = tokens[i % N_TOKENS];
     do { /* the other thread may be the one that is busy */
-        job->good = rwkv_eval_sequence(job->ctx, long_sequence, n, NULL, state_out, logits_out);
+        job->good = rwkv_eval_sequence(job->ctx, sequence, LONG, NULL, job->state, job->logits);
     } while (!job->good && strstr(rwkv_get_last_error_message(), "busy"));
     snprintf(job->text, sizeof job->text, "%s", rwkv_get_last_error_message());
+    free(sequence);
     __atomic_store_n(&job->done, true, __ATOMIC_SEQ_CST);
     return NULL;
 }
 
+static bool is_done(struct job * job) {
+    return __atomic_load_n(&job->done, __ATOMIC_SEQ_CST);
+}
+
+/* Waits until the job runs; false if it ended before. */
+static bool is_busy(struct job * job) {
+    bool busy = false;
+    while (!busy && !is_done(job)) busy = !rwkv_eval(job->ctx, 1, NULL, NULL, NULL);
+    return busy && strstr(rwkv_get_last_error_message(), "busy");
+}
+
 static void test_busy_and_interrupt(void) { /* */
     for (int n_threads = 1; n_threads <= 2; n_threads++) {
-        struct job job = {.ctx = load((uint32_t)n_threads)};
+        struct job job = {
+            .ctx = load((uint32_t)n_threads), .state = state_out, .logits = logits_out};
         pthread_t thread;
         fill_guarded();
         rwkv_interrupt(job.ctx); /* nothing runs: no effect */
         pthread_create(&thread, NULL, evaluate_long, &job);
-        bool busy = false;
-        while (!busy && !__atomic_load_n(&job.done, __ATOMIC_SEQ_CST)) {
-            busy = !rwkv_eval(job.ctx, 1, NULL, NULL, NULL);
-        }
-        check(busy && strstr(rwkv_get_last_error_message(), "busy"),
-              "a context does one thing at a time");
-        while (!__atomic_load_n(&job.done, __ATOMIC_SEQ_CST)) rwkv_interrupt(job.ctx);
+        check(is_busy(&job), "a context does one thing at a time");
+        while (!is_done(&job)) rwkv_interrupt(job.ctx);
         pthread_join(thread, NULL);
         check(!job.good && strcmp(job.text, "interrupted") == 0, "interrupted: '%s'", job.text);
         check(strstr(rwkv_get_last_error_message(), "busy"), "each thread has its own text");
@@ -619,6 +630,21 @@ static void test_busy_and_interrupt(void) { /* A-09, A-18 */
               "after an interruption all is as before");
         rwkv_free(job.ctx);
     }
+}
+
+static void test_interrupt_in_the_queue(void) {
+    struct job first = {.ctx = load(2)}, second = {.ctx = rwkv_clone_context(first.ctx, 2)};
+    pthread_t threads[2];
+    pthread_create(&threads[0], NULL, evaluate_long, &first);
+    check(is_busy(&first), "the first context evaluates");
+    pthread_create(&threads[1], NULL, evaluate_long, &second);
+    while (!is_done(&second)) rwkv_interrupt(second.ctx);
+    check(!is_done(&first) && strcmp(second.text, "interrupted") == 0,
+          "interrupted while another context has the threads: '%s'", second.text);
+    while (!is_done(&first)) rwkv_interrupt(first.ctx);
+    for (int i = 0; i < 2; i++) pthread_join(threads[i], NULL);
+    rwkv_free(first.ctx);
+    rwkv_free(second.ctx);
 }
 
 static void test_fork(void) {     /* */
@@ -767,6 +793,9 @@ static void test_progress_of_loading(void) {
         refused(rwkv_load(model_path, &options), RWKV_ERROR_CTX, "cancelled", "cancel");
     }
     check(calls > 10, "progress is reported");
+    options.progress = fault_throw;
+    refused(rwkv_load(model_path, &options), RWKV_ERROR_CTX, "unknown exception",
+            "a callback that throws");
 }
 
 static void test_estimate(void) {
@@ -976,6 +1005,7 @@ int main(void) {
     test_bad_batches();
     test_contexts();
     test_busy_and_interrupt();
+    test_interrupt_in_the_queue();
     test_fork();
     test_floating_point_environment();
     test_quantize();
