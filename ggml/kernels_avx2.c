@@ -248,6 +248,7 @@ GGML_INLINE void rows_times(bool wide, int rows, int n, const struct ggml_matrix
     const uint8_t * data = (const uint8_t *)w->data + row * row_size;
     const float * x = in->x + t * in->ldx;
     __m256 acc[4][4][2];
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < n; i++) acc[r][i][0] = acc[r][i][1] = _mm256_setzero_ps();
     const size_t whole = w->cols - w->cols % 16;
@@ -256,6 +257,7 @@ GGML_INLINE void rows_times(bool wide, int rows, int n, const struct ggml_matrix
             __m256 xs[4];
             for (int i = 0; i < n; i++)
                 xs[i] = _mm256_loadu_ps(x + (size_t)i * in->ldx + k + 8 * (size_t)half);
+#pragma GCC unroll 8
             for (int r = 0; r < rows; r++) {
                 __m256 weights =
                     load_weights(data + (size_t)r * row_size, k + 8 * (size_t)half, 8, wide);
@@ -268,6 +270,7 @@ GGML_INLINE void rows_times(bool wide, int rows, int n, const struct ggml_matrix
         const size_t k = whole + 8 * (size_t)half;
         if (k >= w->cols) break;
         const size_t rest = w->cols - k;
+#pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             __m256 weights = load_weights(data + (size_t)r * row_size, k, rest, wide);
             for (int i = 0; i < n; i++) {
@@ -279,6 +282,7 @@ GGML_INLINE void rows_times(bool wide, int rows, int n, const struct ggml_matrix
             }
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < n; i++)
             y[(t + (size_t)i) * ldy + row + (size_t)r] = sum_lanes(acc[r][i][0], acc[r][i][1]);
@@ -287,17 +291,20 @@ GGML_INLINE void rows_times(bool wide, int rows, int n, const struct ggml_matrix
 GGML_INLINE void matmul_rows(bool wide, const struct ggml_matrix * w, const struct ggml_input * in,
                              float * y, size_t ldy, size_t first, size_t last) {
     size_t row = first;
-    if (in->n == 1) {
-        for (; last - row >= 4; row += 4) rows_times(wide, 4, 1, w, in, 0, y, ldy, row);
-        for (; row < last; row++) rows_times(wide, 1, 1, w, in, 0, y, ldy, row);
-        return;
-    }
-    for (; last - row >= 2; row += 2) {
+    for (; last - row >= 4; row += 4) {
         size_t t = 0;
-        for (; in->n - t >= 3; t += 3) rows_times(wide, 2, 3, w, in, t, y, ldy, row);
-        for (; t < in->n; t++) rows_times(wide, 2, 1, w, in, t, y, ldy, row);
+        for (; in->n - t >= 3; t += 3) {
+            rows_times(wide, 2, 3, w, in, t, y, ldy, row);
+            rows_times(wide, 2, 3, w, in, t, y, ldy, row + 2);
+        }
+        if (in->n - t == 2) {
+            rows_times(wide, 2, 2, w, in, t, y, ldy, row);
+            rows_times(wide, 2, 2, w, in, t, y, ldy, row + 2);
+        } else if (in->n - t == 1) {
+            rows_times(wide, 4, 1, w, in, t, y, ldy, row);
+        }
     }
-    if (row < last)
+    for (; row < last; row++)
         for (size_t t = 0; t < in->n; t++) rows_times(wide, 1, 1, w, in, t, y, ldy, row);
 }
 

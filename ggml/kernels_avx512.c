@@ -192,18 +192,21 @@ GGML_INLINE void rows_times(bool wide, int rows, int n, const struct ggml_matrix
     const uint8_t * data = (const uint8_t *)w->data + row * row_size;
     const float * x = in->x + t * in->ldx;
     __m512 acc[8][4];
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < n; i++) acc[r][i] = _mm512_setzero_ps();
     size_t k = 0;
     for (; w->cols - k >= 16; k += 16) {
         __m512 xs[4];
         for (int i = 0; i < n; i++) xs[i] = _mm512_loadu_ps(x + (size_t)i * in->ldx + k);
+#pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             const __m512 weights = load_weights(data + (size_t)r * row_size, k, 16, wide);
             for (int i = 0; i < n; i++) acc[r][i] = _mm512_fmadd_ps(weights, xs[i], acc[r][i]);
         }
     }
     const size_t rest = w->cols - k;
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
         const __m512 weights = load_weights(data + (size_t)r * row_size, k, rest, wide);
         for (int i = 0; i < n; i++) {

@@ -250,12 +250,13 @@ static void test_oversubscription(void) {
 }
 
 static void test_fp_environment(void) {
+    /* volatile: operations may not move past the calls that change the environment */
     volatile float one = 1, three = 3;
-    float nearest = one / three;
+    volatile float nearest = one / three;
     fesetround(FE_DOWNWARD);
-    float downward = one / three;
+    volatile float downward = one / three;
     uint64_t saved = ggml_fp_enter();
-    float entered = one / three;
+    volatile float entered = one / three;
     /* jobs do not inherit what their caller has set */
     struct ggml_pool * pool = ggml_pool_create();
     ggml_pool_acquire(pool, 3);
@@ -272,9 +273,9 @@ static void test_fp_environment(void) {
     unsigned control = __builtin_ia32_stmxcsr();
     __builtin_ia32_ldmxcsr(control | 0x8040); /* flush to zero, denormals are zero */
     saved = ggml_fp_enter();
-    float half = smallest / 2;
+    volatile float half = smallest / 2;
     ggml_fp_leave(saved);
-    float flushed = smallest / 2;
+    volatile float flushed = smallest / 2;
     __builtin_ia32_ldmxcsr(control);
     check(half > 0, "denormals are kept inside");
     check(flushed == 0, "the caller's flushing is back");
