@@ -33,6 +33,35 @@ def test_the_target_appears_at_the_end(tmp_path):
     assert names(tmp_path) == {"model.bin"}
 
 
+def test_what_is_brought_to_the_disk(tmp_path, monkeypatch):
+    """The file before it gets its name, then the name."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def record_replace(*paths: object) -> None:
+        events.append("rename")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    with replacing(tmp_path / "model.bin") as file:
+        file.write(b"new")
+    assert events == ["file", "rename", *([] if os.name == "nt" else ["folder"])]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_a_link_under_the_temporary_name_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr("rwkv_cpp.atomic.secrets.token_hex", lambda n: "0" * 2 * n)
+    (tmp_path / f".model.bin.{os.getpid()}-00000000.tmp").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError), replacing(tmp_path / "model.bin"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.parametrize("fail", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_a_failure_leaves_the_old_file(tmp_path, fail):  # Q-02
     target = tmp_path / "model.bin"

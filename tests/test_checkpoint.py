@@ -570,6 +570,15 @@ def test_entries_that_share_their_data(refused):  # C-04
     refused(patched(data, CENTRAL, 2, 42, "<I", second))
 
 
+def test_an_entry_inside_another(refused):  # C-04
+    data = make.torch_zip({"a": WEIGHTS, "b": WEIGHTS})
+    start = data.index(LOCAL, data.index(b"archive/data/0"))
+    whole = data[start : start + 30 + len("archive/data/1") + WEIGHTS.nbytes]
+    outer = np.frombuffer(whole.ljust(-(-len(whole) // 4) * 4, b"\0"), "<f4")
+    data = make.torch_zip({"a": outer, "b": WEIGHTS})
+    refused(patched(data, CENTRAL, 3, 42, "<I", data.index(whole)), "overlap")
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "../up", "a/../../b", "a\\b", "a//b", "a\nb"])
 def test_odd_names(refused, name):  # C-04
     refused(make.archive(make.zip_files({}) | {name: b""}), "not a name that torch writes")

@@ -70,6 +70,8 @@ def test_whole_characters_only(model, tokenizer):
     pieces = list(generate(model, tokenizer, "a", max_tokens=60, logit_bias=only | cycle, seed=1))
     assert set("".join(pieces)) <= {"€", "\ufffd"}
     assert all(pieces)
+    first = only | {0xE2: 0.0}
+    assert list(generate(model, tokenizer, "a", max_tokens=1, logit_bias=first)) == ["\ufffd"]
 
 
 @pytest.fixture(scope="module")

@@ -164,6 +164,12 @@ def test_top_p_zero_keeps_the_top_token_alone() -> None:
     assert draw(np.array([1.0, 2.0, 2.0, 0.0]), 50, temperature=5.0, top_p=0)[1] == 50
 
 
+def test_a_sum_of_just_top_p_takes_one_more() -> None:
+    logits = np.log([0.5, 0.25, 0.125, 0.125])  # whose powers are exact again
+    for top_p, kept in ((0.5, {0, 1}), (0.75, {0, 1, 2, 3})):
+        assert {sample_logits(logits, 1, top_p, rng=seed) for seed in range(99)} == kept
+
+
 def test_a_tiny_top_p_keeps_ties_of_the_top_token() -> None:
     counts = draw(np.array([1.0, 2.0, 2.0, 0.0]), 300, top_p=1e-9)
     check_frequencies(counts, [0, 0.5, 0.5, 0])
