@@ -25,8 +25,7 @@ struct Error {
     char text[2048];
 };
 
-RWKV_LIKE_PRINTF(2, 3)
-[[noreturn]] inline void fail(int flags, const char * format, ...) {
+[[noreturn]] RWKV_LIKE_PRINTF(2, 3) inline void fail(int flags, const char * format, ...) {
     Error error{flags, ""};
     va_list args;
     va_start(args, format);

@@ -170,8 +170,9 @@ void ggml_pool_release(struct ggml_pool * pool);
 unsigned ggml_pool_try_acquire(struct ggml_pool * pool, unsigned n_threads, unsigned patience);
 
 /* Calls work(arg, first, last) for pieces of [0, n), each a multiple of `unit` long (the last may
- * be shorter), until all are done, on the caller and on the threads it has acquired; without any, or with
- * pool NULL, the caller does everything. Threads run with the default floating-point environment. */
+ * be shorter), until all are done, on the caller and on the threads it has acquired; without any,
+ * or with pool NULL, the caller does everything. Threads run with the default floating-point
+ * environment. */
 typedef void ggml_work(void * arg, size_t first, size_t last);
 void ggml_pool_run(struct ggml_pool * pool, ggml_work * work, void * arg, size_t n, size_t unit);
 
