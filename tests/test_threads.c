@@ -138,6 +138,29 @@ static void test_queue(void) {
     ggml_pool_free(shared);
 }
 
+static void * intrude(void * arg) { /* on a pool that another thread has acquired */
+    bool right = run_once(shared, 1000, 16);
+    ggml_pool_release(shared);
+    return right && ggml_pool_try_acquire(shared, 3, 10) == 0 ? arg : NULL;
+}
+
+static void test_owner(void) {
+    pthread_t stranger;
+    void * right;
+    shared = ggml_pool_create();
+    check(ggml_pool_try_acquire(shared, 3, 0) == 3, "a free pool");
+    pthread_create(&stranger, NULL, intrude, &stranger);
+    bool ours = true;
+    for (int i = 0; i < 100; i++) ours &= run_once(shared, 1000, 16);
+    pthread_join(stranger, &right);
+    check(ours, "the owner's jobs");
+    check(right != NULL, "who has not acquired the pool works alone and can't release it");
+    ggml_pool_release(shared);
+    check(ggml_pool_try_acquire(shared, 3, 0) == 3, "a released pool");
+    ggml_pool_release(shared);
+    ggml_pool_free(shared);
+}
+
 /* Runs body in a child; true if it returned true within ten seconds. */
 static bool in_child(bool (*body)(struct ggml_pool *), struct ggml_pool * pool) {
     fflush(stdout);
@@ -290,6 +313,7 @@ int main(void) {
     test_changing_threads();
     test_many_jobs();
     test_queue();
+    test_owner();
     test_fp_environment();
     if (CAN_FORK) {
         struct ggml_pool * pool = ggml_pool_create();
