@@ -5,15 +5,16 @@
  *
  *     (tokens, state) -> (logits, new state)
  *
- * whose result is the same to the bit whatever the number of threads, the CPU's instruction set, and
- * however tokens are grouped into calls.
+ * whose result is the same to the bit whatever the number of threads, the CPU's instruction set,
+ * and however tokens are grouped into calls.
  *
- * Errors: functions return false or NULL and leave their outputs untouched; a text that says what was
- * wrong is kept per thread (rwkv_get_last_error_message). Nothing aborts, exits or throws. The text is
- * also printed to stderr unless rwkv_set_print_errors turned that off.
+ * Errors: functions return false or NULL and leave their outputs untouched; a text that says what
+ * was wrong is kept per thread (rwkv_get_last_error_message). Nothing aborts, exits or throws. The
+ * text is also printed to stderr unless rwkv_set_print_errors turned that off.
  *
- * Threads: any number of contexts may share one model and run at the same time. One context runs one
- * evaluation at a time; a second one meanwhile is refused. Using a context after rwkv_free is undefined. */
+ * Threads: any number of contexts may share one model and run at the same time. One context runs
+ * one evaluation at a time; a second one meanwhile is refused. Using a context after rwkv_free is
+ * undefined. */
 #ifndef RWKV_H
 #define RWKV_H
 
@@ -35,8 +36,8 @@
 #define RWKV_API
 #endif
 
-/* The API this header describes: major * 1000 + minor. A binding needs the same major and at least its
- * minor from rwkv_get_api_version(). */
+/* The API this header describes: major * 1000 + minor. A binding needs the same major and at least
+ * its minor from rwkv_get_api_version(). */
 #define RWKV_API_VERSION 1001
 
 #define RWKV_FILE_MAGIC 0x67676d66
@@ -82,15 +83,16 @@ enum rwkv_error_flags {
     RWKV_ERROR_PARAM_MISSING = 14
 };
 
-/* The text of this thread's last error, "" if there was none; valid until this thread's next call. */
+/* The text of this thread's last error, "" if there was none; valid until its next call. */
 RWKV_API const char * rwkv_get_last_error_message(void);
 
-/* Whether errors are also printed to stderr: per context, or with NULL for calls that have no context
- * and as the default of contexts made later. On at first. */
+/* Whether errors are also printed to stderr: per context, or with NULL for calls that have no
+ * context and as the default of contexts made later. On at first. */
 RWKV_API void rwkv_set_print_errors(struct rwkv_context * ctx, bool print_errors);
 RWKV_API bool rwkv_get_print_errors(struct rwkv_context * ctx);
 
-/* Returns and clears the code of the last error of a context; NULL: of this thread's calls that had no context. */
+/* Returns and clears the code of the last error of a context; NULL: of this thread's calls that had
+ * no context. */
 RWKV_API enum rwkv_error_flags rwkv_get_last_error(struct rwkv_context * ctx);
 
 /* ---- Loading -------------------------------------------------------------------------------- */
@@ -98,23 +100,24 @@ RWKV_API enum rwkv_error_flags rwkv_get_last_error(struct rwkv_context * ctx);
 /* Called on the calling thread with done <= total; returning false cancels, which is an error. */
 typedef bool (*rwkv_progress)(void * user, uint64_t done, uint64_t total);
 
-/* Option structs start with their size as the caller knows it and grow only at the end; bytes that this
- * library does not know must be zero. rwkv_default_*() fills them; it is compiled into the caller, whose
- * structs may be shorter than the library's. */
+/* Option structs start with their size as the caller knows it and grow only at the end; bytes that
+ * this library does not know must be zero. rwkv_default_*() fills them; it is compiled into the
+ * caller, whose structs may be shorter than the library's. */
 struct rwkv_load_options {
     uint32_t size;
-    uint32_t n_threads;       /* of the context; 0: physical cores this process may use; at most 1024 */
-    bool mmap;                /* FP32 and FP16 matrices stay in the mapped file (do not overwrite it while
-                                 it is loaded); false: all is read into private memory. Default true */
-    bool prefault;            /* read mapped pages now rather than with the first token. Default false */
-    bool sparse_ffn;          /* must be false: not offered yet */
-    const char * head;        /* must be NULL: the head stays in the file's format */
+    uint32_t n_threads; /* of the context; 0: physical cores this process may use; at most 1024 */
+    bool mmap;          /* FP32 and FP16 matrices stay in the mapped file (do not overwrite it while
+                           it is loaded); false: all is read into private memory. Default true */
+    bool prefault;      /* read mapped pages now rather than with the first token. Default false */
+    bool sparse_ffn;    /* must be false: not offered yet */
+    const char * head;  /* must be NULL: the head stays in the file's format */
     const char * activations; /* of the context: NULL or "A16", 15-bit activations */
     rwkv_progress progress;   /* bytes of the file; may be NULL */
     void * progress_user;
 };
 static inline struct rwkv_load_options rwkv_default_load_options(void) {
-    struct rwkv_load_options options = {sizeof options, 0, true, false, false, NULL, NULL, NULL, NULL};
+    struct rwkv_load_options options = {sizeof options, 0,    true, false, false,
+                                        NULL,           NULL, NULL, NULL};
     return options;
 }
 
@@ -129,13 +132,15 @@ static inline struct rwkv_context_options rwkv_default_context_options(void) {
 }
 
 /* Loads a model and makes a context for it. options NULL: the defaults. NULL on error. */
-RWKV_API struct rwkv_context * rwkv_load(const char * path, const struct rwkv_load_options * options);
+RWKV_API struct rwkv_context * rwkv_load(const char * path,
+                                         const struct rwkv_load_options * options);
 
 /* The same with default options; n_threads 0: as above. */
-RWKV_API struct rwkv_context * rwkv_init_from_file(const char * model_file_path, uint32_t n_threads);
+RWKV_API struct rwkv_context * rwkv_init_from_file(const char * model_file_path,
+                                                   uint32_t n_threads);
 
-/* Another context for the model of ctx: weights and thread pool are shared, scratch memory is not. Free
- * contexts in any order, from any thread; the model goes with the last one. NULL on error. */
+/* Another context for the model of ctx: weights and thread pool are shared, scratch memory is not.
+ * Free contexts in any order, from any thread; the model goes with the last one. NULL on error. */
 RWKV_API struct rwkv_context * rwkv_clone_context(struct rwkv_context * ctx, uint32_t n_threads);
 RWKV_API struct rwkv_context * rwkv_clone_context_with(struct rwkv_context * ctx,
                                                        const struct rwkv_context_options * options);
@@ -153,14 +158,16 @@ struct rwkv_memory {
     uint64_t token;   /* what every token reads of the weights; since 1001 */
 };
 
-/* Fills *memory (its size set by the caller) from the file's table of tensors, reading no weights. */
+/* Fills *memory (size set by the caller) from the file's table of tensors, without the weights. */
 RWKV_API bool rwkv_estimate(const char * path, const struct rwkv_load_options * options,
                             struct rwkv_memory * memory);
 
 /* The same for a model that is not there: RWKV-4 of n_layer blocks with all matrices in the format
- * `format_name` as rwkv_quantize_file writes it (embedding and head in FP16; all in FP32 for "FP32"). */
+ * `format_name` as rwkv_quantize_file writes it (embedding and head in FP16; all in FP32 for
+ * "FP32"). */
 RWKV_API bool rwkv_estimate_shape(size_t n_vocab, size_t n_embed, size_t n_layer,
-                                  const char * format_name, const struct rwkv_load_options * options,
+                                  const char * format_name,
+                                  const struct rwkv_load_options * options,
                                   struct rwkv_memory * memory);
 
 /* ---- Sizes ---------------------------------------------------------------------------------- */
@@ -169,7 +176,7 @@ RWKV_API size_t rwkv_get_n_vocab(const struct rwkv_context * ctx);
 RWKV_API size_t rwkv_get_n_embed(const struct rwkv_context * ctx);
 RWKV_API size_t rwkv_get_n_layer(const struct rwkv_context * ctx);
 RWKV_API size_t rwkv_get_state_len(const struct rwkv_context * ctx);  /* floats in a state */
-RWKV_API size_t rwkv_get_logits_len(const struct rwkv_context * ctx); /* floats in the logits of a token */
+RWKV_API size_t rwkv_get_logits_len(const struct rwkv_context * ctx); /* floats, of a token */
 RWKV_API uint32_t rwkv_get_state_buffer_element_count(const struct rwkv_context * ctx);
 RWKV_API uint32_t rwkv_get_logits_buffer_element_count(const struct rwkv_context * ctx);
 
@@ -186,14 +193,14 @@ RWKV_API void rwkv_init_state(const struct rwkv_context * ctx, float * state);
 RWKV_API bool rwkv_eval(struct rwkv_context * ctx, uint32_t token, const float * state_in,
                         float * state_out, float * logits_out);
 
-/* Evaluates tokens one after the other in one pass over the weights; logits_out is the last token's.
- * tokens NULL: returns true and does nothing. sequence_len 0 with tokens is an error. */
+/* Evaluates tokens one after the other in one pass over the weights; logits_out is the last
+ * token's. tokens NULL: returns true and does nothing. sequence_len 0 with tokens is an error. */
 RWKV_API bool rwkv_eval_sequence(struct rwkv_context * ctx, const uint32_t * tokens,
                                  size_t sequence_len, const float * state_in, float * state_out,
                                  float * logits_out);
 
-/* The same: sequences of any length are cut into suitable chunks anyway, so chunk_size (1 or more) is
- * not needed for speed or memory. */
+/* The same: sequences of any length are cut into suitable chunks anyway, so chunk_size (1 or more)
+ * is not needed for speed or memory. */
 RWKV_API bool rwkv_eval_sequence_in_chunks(struct rwkv_context * ctx, const uint32_t * tokens,
                                            size_t sequence_len, size_t chunk_size,
                                            const float * state_in, float * state_out,
@@ -205,21 +212,21 @@ struct rwkv_sequence {
     size_t n_tokens;
     const float * state_in;
     float * state_out;
-    float * logits_out; /* n_logits rows of rwkv_get_logits_len(ctx) floats: the LAST n_logits tokens */
+    float * logits_out; /* n_logits rows of logits: the LAST n_logits tokens */
     size_t n_logits;    /* at most n_tokens */
     float * hidden_out; /* rwkv_get_n_embed(ctx) floats: what the head sees of the last token */
     const struct rwkv_adapter * adapter; /* must be NULL: not offered yet */
 };
 
-/* Evaluates sequences of any lengths together; each gets the bits that it would get alone. Outputs may
- * not overlap anything, but a state_out may be the state_in of its own sequence. Everything is checked
- * before the first write: false means that no buffer of any sequence has changed.
- * sizeof_sequence: sizeof(struct rwkv_sequence) as the caller knows it. n_sequences 0 does nothing. */
+/* Evaluates sequences of any lengths together; each gets the bits that it would get alone. Outputs
+ * may not overlap anything, but a state_out may be the state_in of its own sequence. Everything is
+ * checked before the first write: false means that no buffer of any sequence has changed.
+ * sizeof_sequence: sizeof(struct rwkv_sequence) as the caller has it. n_sequences may be 0. */
 RWKV_API bool rwkv_eval_batch(struct rwkv_context * ctx, const struct rwkv_sequence * sequences,
                               size_t n_sequences, size_t sizeof_sequence);
 
-/* From any thread: makes the evaluation that ctx is running fail soon, outputs unchanged. Does nothing
- * if none is running, or if the one running has begun to write its results. */
+/* From any thread: makes the evaluation that ctx is running fail soon, outputs unchanged. Does
+ * nothing if none is running, or if the one running has begun to write its results. */
 RWKV_API void rwkv_interrupt(struct rwkv_context * ctx);
 
 /* ---- Files ---------------------------------------------------------------------------------- */
@@ -228,10 +235,10 @@ struct rwkv_quantize_options {
     uint32_t size;
     const char * format_name; /* "Q4_0" … "Q8_0"; required */
     uint32_t file_version;    /* 0: 101 where that has the format, otherwise 100 */
-    bool allow_nan;           /* weights that are not finite: false is an error, true passes them on */
-    const char * head;        /* must be NULL: embedding and head keep the source's format */
-    const char * types;       /* must be NULL: per-tensor types are not offered yet */
-    const char * method;      /* NULL or "rtn": round to nearest by the format's own rule */
+    bool allow_nan;      /* weights that are not finite: false is an error, true passes them on */
+    const char * head;   /* must be NULL: embedding and head keep the source's format */
+    const char * types;  /* must be NULL: per-tensor types are not offered yet */
+    const char * method; /* NULL or "rtn": round to nearest by the format's own rule */
     const char * importances; /* must be NULL */
     rwkv_progress progress;   /* bytes of the source; may be NULL */
     void * progress_user;
@@ -243,29 +250,32 @@ static inline struct rwkv_quantize_options rwkv_default_quantize_options(void) {
     return options;
 }
 
-/* Writes a quantized copy of an FP32 or FP16 model. The output appears, or replaces an older file, only
- * when it is complete; on failure nothing is left behind. Output and input may not be the same file. */
+/* Writes a quantized copy of an FP32 or FP16 model. The output appears, or replaces an older file,
+ * only when it is complete; on failure nothing is left behind. Output and input may not be the same
+ * file. */
 RWKV_API bool rwkv_quantize_file(const char * path_in, const char * path_out,
                                  const struct rwkv_quantize_options * options);
 
-/* The same with default options. format_name may also be a number of 2..9 cast to a pointer (2: Q4_0, 3:
- * Q4_1, 4: Q4_1_O, 5: Q4_2, 6: Q4_3, 7: Q5_0, 8: Q5_1, 9: Q8_0), as callers of April 2023 pass it. */
+/* The same with default options. format_name may also be a number of 2..9 cast to a pointer (2:
+ * Q4_0, 3: Q4_1, 4: Q4_1_O, 5: Q4_2, 6: Q4_3, 7: Q5_0, 8: Q5_1, 9: Q8_0), as callers of April 2023
+ * pass it. */
 RWKV_API bool rwkv_quantize_model_file(const char * model_file_path_in,
                                        const char * model_file_path_out, const char * format_name);
 
 /* The name of a data type in a file ("FP16" for 1), or NULL. */
 RWKV_API const char * rwkv_get_format_name(uint32_t data_type);
 
-/* Bytes of a row of n weights, or 0 if files of that version have no such type, if n is not a multiple
- * of 32 and the type is quantized, or if n is 2^32 or more. */
+/* Bytes of a row of n weights, or 0 if files of that version have no such type, if n is not a
+ * multiple of 32 and the type is quantized, or if n is 2^32 or more. */
 RWKV_API size_t rwkv_get_row_size(uint32_t file_version, uint32_t data_type, size_t n);
 
 /* ---- This library --------------------------------------------------------------------------- */
 
 RWKV_API uint32_t rwkv_get_api_version(void);
 
-/* What the CPU offers and which kernels run ("AVX=1 AVX2=1 … ISA=avx2"); valid until this thread's next
- * call. The environment variable RWKV_ISA (scalar, avx2, …) chooses another level for models loaded after it is set. */
+/* What the CPU offers and which kernels run ("AVX=1 AVX2=1 … ISA=avx2"); valid until this thread's
+ * next call. The environment variable RWKV_ISA (scalar, avx2, …) chooses another level for models
+ * loaded after it is set. */
 RWKV_API const char * rwkv_get_system_info_string(void);
 
 /* What this CPU's kernels can reach at most, per second. Since 1001. */
