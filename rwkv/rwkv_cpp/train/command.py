@@ -94,6 +94,7 @@ def command(
                         f"{progress.seconds:.0f} s ({progress.cpu_seconds:.0f} s of CPU)"
                     )
         if not progress.finished:
+            bar.close()
             click.echo("stopped, --resume goes on", err=True)
             context.exit(128 + stopped_by[0])
         draw_curve(target.with_suffix(".png"), progress.train, progress.held_out)
