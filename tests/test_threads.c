@@ -149,7 +149,7 @@ static void test_owner(void) {
     void * right;
     shared = ggml_pool_create();
     check(ggml_pool_try_acquire(shared, 3, 0) == 3, "a free pool");
-    pthread_create(&stranger, NULL, intrude, &stranger);
+    pthread_create(&stranger, NULL, intrude, &unguarded);
     bool ours = true;
     for (int i = 0; i < 100; i++) ours &= run_once(shared, 1000, 16);
     pthread_join(stranger, &right);
