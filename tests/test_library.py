@@ -147,6 +147,20 @@ def test_broken_candidate_is_passed_over(library, tmp_path, monkeypatch):
     assert lib._load.__wrapped__(None).path == library.path
 
 
+def test_candidates_begin_in_the_package_and_end_with_what_is_installed(tmp_path, monkeypatch):
+    info = tmp_path / "rwkv_ggml-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rwkv-ggml\nVersion: 1.0\n")
+    (info / "RECORD").write_text(f"rwkv_cpp/cli.py,,\nrwkv_cpp/{lib.FILE_NAME},,\n")
+    installed = tmp_path / "rwkv_cpp" / lib.FILE_NAME
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    paths = list(lib._candidates())
+    assert paths[0] == Path(lib.__file__).with_name(lib.FILE_NAME)
+    assert paths[-1] == installed
+
+
 def test_candidates_are_not_in_the_working_directory(tmp_path):
     code = "from rwkv_cpp import library; print(*library._candidates(), sep='\\n')"
     environment = os.environ | {"PYTHONPATH": package_root()}
