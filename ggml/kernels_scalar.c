@@ -284,18 +284,31 @@ static void wkv(size_t n, const float * u, const float * w, const float * k, con
 
 /* ---- Limits --------------------------------------------------------------------------------- */
 
-static uint64_t read_all(const uint8_t * data, size_t n, size_t streams, size_t ahead) {
+GGML_INLINE uint64_t read_streams(const uint8_t * data, size_t n, size_t streams) {
     uint64_t sum[LANES] = {0};
-    (void)ahead; /* plain C has no prefetch */
     for (size_t i = 0; i < n / streams; i += sizeof sum) {
         for (size_t s = 0; s < streams; s++) {
-            uint64_t words[LANES];
-            memcpy(words, data + s * (n / streams) + i, sizeof words);
-            for (int j = 0; j < LANES; j++) sum[j] += words[j];
+            for (size_t j = 0; j < LANES; j++) {
+                uint64_t word;
+                memcpy(&word, data + s * (n / streams) + i + 8 * j, sizeof word);
+                sum[j] += word;
+            }
         }
     }
     for (int j = 1; j < LANES; j++) sum[0] += sum[j];
     return sum[0];
+}
+
+static uint64_t read_all(const uint8_t * data, size_t n, size_t streams, size_t ahead) {
+    (void)ahead; /* plain C has no prefetch */
+    switch (streams) {
+    case 4:
+        return read_streams(data, n, 4);
+    case 2:
+        return read_streams(data, n, 2);
+    default:
+        return read_streams(data, n, 1);
+    }
 }
 
 enum { MANY = 3 * LANES }; /* as registers hold of sums that don't wait for each other */
