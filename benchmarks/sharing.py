@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from rwkv_cpp import RWKVModel
+from rwkv_cpp.bench import Watch, loudest
 
 TURNS = 5
 SECONDS = 1.0
@@ -58,15 +59,28 @@ def start(target: Callable, *arguments: object) -> Connection:
     return ours
 
 
-def compare(alone: Callable[[], float], shared: Callable[[], float]) -> tuple[float, float, float]:
-    """Medians: tokens per second alone, shared, and of the ratios."""
+def compare(
+    alone: Callable[[], float], shared: Callable[[], float]
+) -> tuple[float, float, float, float]:
+    """Medians: tokens per second alone, shared, and of the ratios; and the share of the CPUs' time
+    that others had while the model was to be alone."""
+    noise = []
+
+    def watched() -> float:
+        watch = Watch()
+        rate = alone()
+        noise.append(watch.read())
+        return rate
+
     pairs = []
     for turn in range(TURNS):
-        first, second = (alone, shared) if turn % 2 == 0 else (shared, alone)
-        values = first(), second()
-        pairs.append(values if turn % 2 == 0 else values[::-1])
-    ratios = [a / b for a, b in pairs]
-    return (*map(statistics.median, zip(*pairs, strict=True)), statistics.median(ratios))
+        if turn % 2:
+            with_others = shared()
+            pairs.append((watched(), with_others))
+        else:
+            pairs.append((watched(), shared()))
+    ratio = statistics.median(a / b for a, b in pairs)
+    return (*map(statistics.median, zip(*pairs, strict=True)), ratio, loudest(noise))
 
 
 def main(path: Path) -> None:
@@ -93,14 +107,14 @@ def main(path: Path) -> None:
             return statistics.mean(rates)
 
         print(f"{path.name}: tokens/s of decoding")
-        print(f"{'':<28}{'alone':>10}{'shared':>10}{'slower by':>12}")
+        print(f"{'':<28}{'alone':>10}{'shared':>10}{'slower by':>12}{'noise':>10}")
         for name, shared in {
             "beside one busy process": beside_a_busy_process,
             "8 threads": lambda: decode(eight),
             "each of two Python threads": from_two_threads,
         }.items():
-            alone, with_others, ratio = compare(lambda: decode(model), shared)
-            print(f"{name:<28}{alone:>10.2f}{with_others:>10.2f}{ratio:>10.2f} x")
+            alone, with_others, ratio, noise = compare(lambda: decode(model), shared)
+            print(f"{name:<28}{alone:>10.2f}{with_others:>10.2f}{ratio:>10.2f} x{noise:>10.1%}")
     pipes = [start(proportional_memory, path) for _ in range(2)]
     for pipe in pipes:
         pipe.recv()

@@ -158,8 +158,14 @@ def measure_machine(
     limits = {}
     for number in threads:
         report(f"limits of {number or 'all'} threads")
-        memory = library.rwkv_measure(number, sample)
-        last = library.rwkv_measure(memory.n_threads, cache // 2) if cache else None
+
+        def measure(number: int | None = number) -> tuple[Limits, Limits | None, Noise | None]:
+            watch = Watch()
+            memory = library.rwkv_measure(number, sample)
+            last = library.rwkv_measure(number, cache // 2) if cache else None
+            return memory, last, watch.read()
+
+        memory, last, _ = repeat(measure, lambda result: [result[2]], 1)[0]
         limits[memory.n_threads] = memory, last
     kernels = library.rwkv_get_system_info_string().rpartition("ISA=")[2]
     return Machine(cpu_name(), kernels, cache, sample, limits)
