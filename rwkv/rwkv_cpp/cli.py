@@ -106,11 +106,14 @@ def run(command: click.Command) -> NoReturn:
         _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        # Whoever read our output has gone; what is left in the buffer has nowhere to go at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has gone
+        _drop_output()
         sys.exit(1)
     except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was stdout that failed
+            _drop_output()
         text = error.strerror or str(error)
         _fail(f"{error.filename}: {text}" if error.filename else text)
     except (RWKVError, ValueError) as error:
@@ -126,6 +129,11 @@ def _program(command: click.Command) -> str:
 def _fail(message: str) -> NoReturn:
     click.echo(f"error: {message}", err=True)
     sys.exit(1)
+
+
+def _drop_output() -> None:
+    """Let what is left in stdout's buffer vanish, or its failure would end the program at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
