@@ -265,6 +265,7 @@ class Turn {
 struct rwkv_context : Reporter {
     std::shared_ptr<const Model> model;
     unsigned n_threads;
+    ggml_activations activations;
     std::atomic<Phase> phase{IDLE};
     Scratch scratch;
     Buffer scratch_memory;
@@ -288,7 +289,8 @@ unsigned checked_threads(uint32_t n_threads) {
     return n_threads > 0 ? n_threads : default_threads();
 }
 
-rwkv_context * create_context(std::shared_ptr<const Model> model, unsigned n_threads) {
+rwkv_context * create_context(std::shared_ptr<const Model> model, unsigned n_threads,
+                              ggml_activations activations) {
     auto ctx = std::make_unique<rwkv_context>();
     const Shape & shape = model->shape;
     ctx->scratch_memory.allocate(lay_out(ctx->scratch, shape, nullptr), "a context");
@@ -296,6 +298,7 @@ rwkv_context * create_context(std::shared_ptr<const Model> model, unsigned n_thr
     ctx->run_memory.allocate(run_memory_size(shape, 1, 1), "a context");
     ctx->model = std::move(model);
     ctx->n_threads = n_threads;
+    ctx->activations = activations;
     return ctx.release();
 }
 
@@ -450,7 +453,8 @@ void evaluate(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_sequ
     const size_t n_logits = start_runs(ctx, sequences, n_sequences, sizeof_sequence);
     const Team team(ctx.model->pool, ctx.n_threads, [&] { turn.check(); });
     const Model & model = *ctx.model;
-    const Pass pass = {model.shape, model.weights, *model.kernels, ctx.scratch, team, ctx.chunk};
+    const Pass pass = {model.shape, model.weights, *model.kernels, ctx.activations,
+                       ctx.scratch, team,          ctx.chunk};
     for (size_t run = 0, token = 0; run < ctx.runs.size();) {
         next_chunk(ctx.chunk, ctx.runs, run, token);
         embed(pass);
@@ -489,10 +493,11 @@ void refuse(bool asked, const char * what) {
     if (asked) fail(RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED, "%s: not offered yet", what);
 }
 
-void check_activations(const char * activations) {
-    if (activations == nullptr || std::strcmp(activations, "A16") == 0) return;
-    refuse(std::strcmp(activations, "int8") == 0, "activations = int8");
-    fail(RWKV_ERROR_ARGS, "unknown activations '%s' (choose A16)", escaped(activations).c_str());
+ggml_activations find_activations(const char * name, ggml_activations otherwise) {
+    if (name == nullptr) return otherwise;
+    if (std::strcmp(name, "A16") == 0) return GGML_A16;
+    if (std::strcmp(name, "int8") == 0) return GGML_A8;
+    fail(RWKV_ERROR_ARGS, "unknown activations '%s' (choose A16 or int8)", escaped(name).c_str());
 }
 
 rwkv_load_options checked_options(const rwkv_load_options * given) {
@@ -500,7 +505,7 @@ rwkv_load_options checked_options(const rwkv_load_options * given) {
     checked_threads(options.n_threads);
     refuse(options.sparse_ffn, "sparse_ffn");
     refuse(options.head != nullptr, "another format for the head");
-    check_activations(options.activations);
+    find_activations(options.activations, GGML_A16);
     return options;
 }
 
@@ -566,7 +571,8 @@ rwkv_context * rwkv_load(const char * path, const rwkv_load_options * given) {
         need(path != nullptr, "the path of the model");
         const rwkv_load_options options = checked_options(given);
         const unsigned n_threads = checked_threads(options.n_threads);
-        return create_context(load_model(path, options, n_threads), n_threads);
+        return create_context(load_model(path, options, n_threads), n_threads,
+                              find_activations(options.activations, GGML_A16));
     });
 }
 
@@ -587,8 +593,8 @@ rwkv_context * rwkv_clone_context_with(rwkv_context * ctx, const rwkv_context_op
         need(ctx != nullptr, "ctx");
         const auto options =
             known_options(given, rwkv_default_context_options(), "rwkv_context_options");
-        check_activations(options.activations);
-        return create_context(ctx->model, checked_threads(options.n_threads));
+        return create_context(ctx->model, checked_threads(options.n_threads),
+                              find_activations(options.activations, ctx->activations));
     });
 }
 

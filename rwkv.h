@@ -111,7 +111,9 @@ struct rwkv_load_options {
     bool prefault;      /* read mapped pages now rather than with the first token. Default false */
     bool sparse_ffn;    /* must be false: not offered yet */
     const char * head;  /* must be NULL: the head stays in the file's format */
-    const char * activations; /* of the context: NULL or "A16", 15-bit activations */
+    const char * activations; /* of the context: how vectors are rounded that meet quantized
+                                 matrices. NULL or "A16": to 15 bits and a sign. "int8": to 7, which
+                                 reads prompts faster and is less exact */
     rwkv_progress progress;   /* bytes of the file; may be NULL */
     void * progress_user;
 };
@@ -124,7 +126,7 @@ static inline struct rwkv_load_options rwkv_default_load_options(void) {
 struct rwkv_context_options {
     uint32_t size;
     uint32_t n_threads;       /* as above */
-    const char * activations; /* as above */
+    const char * activations; /* as above; NULL: those of ctx */
 };
 static inline struct rwkv_context_options rwkv_default_context_options(void) {
     struct rwkv_context_options options = {sizeof options, 0, NULL};

@@ -281,7 +281,7 @@ struct Forward : Pass {
 
     void quantize(const Weight & w, const Rows & in, size_t t) const {
         if (!ggml_type_traits(w.type)->quantized) return;
-        kernels.quantize_act(in.n, in[t], in.act + t * in.act_size);
+        kernels.quantize_act(activations, in.n, in[t], in.act + t * in.act_size);
     }
 
     // Mixes xx with that of the token before, as input of w.
@@ -323,7 +323,7 @@ struct Forward : Pass {
             for (const Product & p : products) {
                 const size_t count = stripes(p.w);
                 if (first < count && first < last) {
-                    const ggml_input in = {p.in.x, p.in.n, p.in.act, n_rows};
+                    const ggml_input in = {p.in.x, p.in.n, p.in.act, activations, n_rows};
                     kernels.matmul[p.w.type](&p.w, &in, p.out.x, p.out.n, first * GGML_STRIPE,
                                              std::min(last * GGML_STRIPE, p.w.rows));
                 }

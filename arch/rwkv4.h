@@ -75,6 +75,7 @@ struct Pass {
     const Shape & shape;
     const Weights & weights;
     const ggml_kernels & kernels;
+    ggml_activations activations;
     const Scratch & s;
     const Team & team;
     const Chunk & chunk;

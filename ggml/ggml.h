@@ -92,12 +92,16 @@ bool ggml_pack_stripes(enum ggml_type type, size_t rows, size_t cols, const void
 
 /* ---- Kernels -------------------------------------------------------------------------------- */
 
+/* How finely a vector that meets a quantized matrix is rounded: 15 bits or 7, and a sign. */
+enum ggml_activations { GGML_A16, GGML_A8 };
+
 /* n vectors that matrices are applied to. */
 struct ggml_input {
     const float * x; /* vector t at x + t * ldx */
     size_t ldx;
     const uint8_t * act; /* their quantized form, vector t at act + t * ggml_act_size(cols); may be
                             NULL where only FP32 and FP16 matrices are applied */
+    enum ggml_activations activations; /* that form */
     size_t n;
 };
 
@@ -111,8 +115,9 @@ struct ggml_kernels {
     const char * isa; /* "scalar", "avx2", … */
     uint32_t needs;   /* CPU features (cpu.h) that it was compiled for */
 
-    /* act := x cut into blocks of 32 and rounded to 15 bits; n is a multiple of GGML_ROW_UNIT */
-    void (*quantize_act)(size_t n, const float * x, uint8_t * act);
+    /* act := x cut into blocks of 32 and rounded; n is a multiple of GGML_ROW_UNIT */
+    void (*quantize_act)(enum ggml_activations activations, size_t n, const float * x,
+                         uint8_t * act);
 
     /* y[t * ldy + r] = W[r]·x[t] for rows r in [first, last); first is a multiple of 16, and last
      * too or W's number of rows. One entry per type. */

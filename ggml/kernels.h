@@ -48,8 +48,8 @@ GGML_INLINE struct ggml_stripe_block ggml_stripe_block(enum ggml_type type) {
 
 /* 32 activations, a_k * d. Whoever multiplies 16-bit numbers takes `a`: within each group of four
  * the order is 0, 2, 1, 3, so that a 32-bit lane of four weights' bytes meets its pairs when its
- * even and its odd bytes are taken apart. Whoever multiplies bytes takes hi and lo: a_k = 128 * hi
- * + lo. */
+ * even and its odd bytes are taken apart. Whoever multiplies bytes takes hi and lo: with GGML_A16
+ * a_k = 128 * hi + lo; with GGML_A8 a_k = hi, and lo is 0. */
 struct ggml_act {
     int16_t a[32];
     int8_t hi[32];
@@ -65,6 +65,11 @@ struct ggml_act {
 /* Where activation k (0..31) lies in `a`, and which one lies at slot k: the same map both ways. */
 GGML_INLINE int ggml_slot(int k) {
     return (k & ~3) | (k & 1) << 1 | (k >> 1 & 1);
+}
+
+/* The largest |a_k|: of A16, 127 * 127 + 126, so that hi and lo both fit in bytes. */
+GGML_INLINE float ggml_act_steps(enum ggml_activations activations) {
+    return activations == GGML_A8 ? 127 : 16255;
 }
 
 /* Vector t of the input, quantized; `stride` is ggml_act_size(cols). */

@@ -336,7 +336,9 @@ GGML_INLINE __m256i bytes(__m256i low, __m256i high) {
     return _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), _MM_SHUFFLE(3, 1, 2, 0));
 }
 
-static void quantize_act(size_t n, const float * x, uint8_t * out) {
+static void quantize_act(enum ggml_activations activations, size_t n, const float * x,
+                         uint8_t * out) {
+    const float steps = ggml_act_steps(activations);
     const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
     const __m256i slots = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0,
                                            1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
@@ -352,7 +354,7 @@ static void quantize_act(size_t n, const float * x, uint8_t * out) {
         top4 = _mm_max_epi32(top4, _mm_shuffle_epi32(top4, _MM_SHUFFLE(1, 0, 3, 2)));
         top4 = _mm_max_epi32(top4, _mm_shuffle_epi32(top4, _MM_SHUFFLE(2, 3, 0, 1)));
         float amax = _mm_cvtss_f32(_mm_castsi128_ps(top4));
-        float d = _mm_cvtsi128_si32(top4) < 0x7F800000 ? amax / 16255 : amax - amax;
+        float d = _mm_cvtsi128_si32(top4) < 0x7F800000 ? amax / steps : amax - amax;
         if (d < FLT_MIN) d = 0;
 
         __m256i a[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
@@ -368,8 +370,12 @@ static void quantize_act(size_t n, const float * x, uint8_t * out) {
         __m256i hi[2], lo[2];
         for (int i = 0; i < 2; i++) {
             _mm256_store_si256((__m256i *)(void *)act->a + i, _mm256_shuffle_epi8(a[i], slots));
-            hi[i] = _mm256_srai_epi16(_mm256_add_epi16(a[i], _mm256_set1_epi16(64)), 7);
-            lo[i] = _mm256_sub_epi16(a[i], _mm256_slli_epi16(hi[i], 7));
+            hi[i] = a[i];
+            lo[i] = _mm256_setzero_si256();
+            if (activations == GGML_A16) {
+                hi[i] = _mm256_srai_epi16(_mm256_add_epi16(a[i], _mm256_set1_epi16(64)), 7);
+                lo[i] = _mm256_sub_epi16(a[i], _mm256_slli_epi16(hi[i], 7));
+            }
             act->sum_half[i] = sum_int_lanes(sum_pairs(a[i]));
             act->s_half[i] = d * (float)act->sum_half[i];
         }

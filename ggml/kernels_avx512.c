@@ -60,8 +60,8 @@ GGML_INLINE __m512 add_outliers(const uint8_t * block, const struct ggml_stripe_
 
 /* One stripe times n vectors, n a constant. */
 GGML_INLINE void stripe_times(enum ggml_type type, int n, const uint8_t * stripe, size_t blocks,
-                              const struct ggml_act * const * acts, const float * const * xs,
-                              __m512 * acc) {
+                              __m128i shift, const struct ggml_act * const * acts,
+                              const float * const * xs, __m512 * acc) {
     const struct ggml_layout * layout = &ggml_layouts[type];
     const struct ggml_stripe_block at = ggml_stripe_block(type);
     const int parts = 32 / layout->size, units = layout->size / 4;
@@ -92,7 +92,7 @@ GGML_INLINE void stripe_times(enum ggml_type type, int n, const uint8_t * stripe
             if (layout->min) m = load_scales(block + at.m + scale, layout->wide);
             for (int i = 0; i < n; i++) {
                 const struct ggml_act * act = acts[i] + b;
-                __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(hi[i], 7), lo[i]);
+                __m512i sum = _mm512_add_epi32(_mm512_sll_epi32(hi[i], shift), lo[i]);
                 __m512 t = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(act->d));
                 acc[i] = _mm512_fmadd_ps(d, t, acc[i]);
                 if (!layout->min) continue;
@@ -112,6 +112,7 @@ GGML_INLINE void stripes_times(enum ggml_type type, int n, const struct ggml_mat
     const size_t stripe_size = ggml_stripe_size(type, w->cols);
     const struct ggml_act * acts[MOST];
     const float * xs[MOST];
+    const __m128i shift = _mm_cvtsi32_si128(in->activations == GGML_A8 ? 0 : 7);
     for (int i = 0; i < n; i++) {
         acts[i] = ggml_act_of(in, t + (size_t)i, ggml_act_size(w->cols));
         xs[i] = in->x + (t + (size_t)i) * in->ldx;
@@ -120,7 +121,7 @@ GGML_INLINE void stripes_times(enum ggml_type type, int n, const struct ggml_mat
         __m512 acc[MOST];
         for (int i = 0; i < n; i++) acc[i] = _mm512_setzero_ps();
         stripe_times(type, n, (const uint8_t *)w->data + row / GGML_STRIPE * stripe_size,
-                     w->cols / 32, acts, xs, acc);
+                     w->cols / 32, shift, acts, xs, acc);
         const __mmask16 rows = (__mmask16)(last - row < 16 ? (1u << (last - row)) - 1 : 0xFFFF);
         for (int i = 0; i < n; i++)
             _mm512_mask_storeu_ps(y + (t + (size_t)i) * ldy + row, rows, acc[i]);
@@ -245,7 +246,9 @@ static void matmul_FP16(const struct ggml_matrix * w, const struct ggml_input * 
 
 /* ---- Vectors -------------------------------------------------------------------------------- */
 
-static void quantize_act(size_t n, const float * x, uint8_t * out) {
+static void quantize_act(enum ggml_activations activations, size_t n, const float * x,
+                         uint8_t * out) {
+    const float steps = ggml_act_steps(activations);
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
     const __m256i slots = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0,
                                            1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
@@ -258,14 +261,17 @@ static void quantize_act(size_t n, const float * x, uint8_t * out) {
                              _mm512_and_si512(_mm512_castps_si512(v[1]), magnitude)));
         float amax;
         memcpy(&amax, &top, sizeof amax);
-        float d = top < 0x7F800000 ? amax / 16255 : amax - amax;
+        float d = top < 0x7F800000 ? amax / steps : amax - amax;
         if (d < FLT_MIN) d = 0;
         const __m512 id = _mm512_set1_ps(d > 0 ? 1 / d : 0);
         for (int i = 0; i < 2; i++) {
             __m512i a = _mm512_setzero_si512();
             if (d > 0) a = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], id));
-            __m512i hi = _mm512_srai_epi32(_mm512_add_epi32(a, _mm512_set1_epi32(64)), 7);
-            __m512i lo = _mm512_sub_epi32(a, _mm512_slli_epi32(hi, 7));
+            __m512i hi = a, lo = _mm512_setzero_si512();
+            if (activations == GGML_A16) {
+                hi = _mm512_srai_epi32(_mm512_add_epi32(a, _mm512_set1_epi32(64)), 7);
+                lo = _mm512_sub_epi32(a, _mm512_slli_epi32(hi, 7));
+            }
             _mm256_store_si256((__m256i *)(void *)act->a + i,
                                _mm256_shuffle_epi8(_mm512_cvtepi32_epi16(a), slots));
             _mm_store_si128((__m128i *)(void *)act->hi + i, _mm512_cvtepi32_epi8(hi));

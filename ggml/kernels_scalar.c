@@ -169,7 +169,9 @@ INSTANCE(Q8_0)
 
 /* ---- Vectors -------------------------------------------------------------------------------- */
 
-static void quantize_act(size_t n, const float * x, uint8_t * act) {
+static void quantize_act(enum ggml_activations activations, size_t n, const float * x,
+                         uint8_t * act) {
+    const float steps = ggml_act_steps(activations);
     for (size_t b = 0; b < n / 32; b++, x += 32, act += sizeof(struct ggml_act)) {
         struct ggml_act block = {0};
         float amax = 0;
@@ -179,17 +181,17 @@ static void quantize_act(size_t n, const float * x, uint8_t * act) {
             finite &= magnitude <= FLT_MAX;
             amax = magnitude > amax ? magnitude : amax;
         }
-        block.d = finite ? amax / 16255 : NAN;
+        block.d = finite ? amax / steps : NAN;
         if (block.d < FLT_MIN) block.d = 0;
         if (block.d > 0) {
             float id = 1 / block.d;
             for (int k = 0; k < 32; k++) {
                 /* adding 1.5 * 2^23 rounds to an integer, ties to even */
                 int a = (int)((x[k] * id + 12582912.0f) - 12582912.0f);
-                int hi = (a + 64) >> 7;
+                int hi = activations == GGML_A8 ? a : (a + 64) >> 7;
                 block.a[ggml_slot(k)] = (int16_t)a;
                 block.hi[k] = (int8_t)hi;
-                block.lo[k] = (int8_t)(a - hi * 128);
+                block.lo[k] = (int8_t)(activations == GGML_A8 ? 0 : a - hi * 128);
                 block.sum_half[k / 16] += a;
             }
         }

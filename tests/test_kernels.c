@@ -91,11 +91,13 @@ static struct problem make_problem(enum ggml_type type, size_t rows, size_t cols
     p.x = (float *)allocate(((n - 1) * p.in.ldx + cols) * sizeof *p.x);
     for (size_t i = 0; i < (n - 1) * p.in.ldx + cols; i++) p.x[i] = random_input(input);
     p.in.x = p.x;
+    p.in.activations = random_below(3) == 0 ? GGML_A8 : GGML_A16;
     p.act = NULL;
     if (info->quantized) {
         p.act = allocate_aligned(n * ggml_act_size(cols));
         for (size_t t = 0; t < n; t++)
-            scalar->quantize_act(cols, p.x + t * p.in.ldx, p.act + t * ggml_act_size(cols));
+            scalar->quantize_act(p.in.activations, cols, p.x + t * p.in.ldx,
+                                 p.act + t * ggml_act_size(cols));
     }
     p.in.act = p.act;
     return p;
@@ -118,7 +120,8 @@ static void test_matmul(const struct ggml_kernels * k, enum ggml_type type, size
     /* one token at a time, all rows; then all tokens, rows in two parts */
     for (size_t t = 0; t < n; t++) {
         struct ggml_input one = {p.in.x + t * p.in.ldx, p.in.ldx,
-                                 p.in.act ? p.in.act + t * ggml_act_size(cols) : NULL, 1};
+                                 p.in.act ? p.in.act + t * ggml_act_size(cols) : NULL,
+                                 p.in.activations, 1};
         scalar->matmul[type](&p.w, &one, expected + t * ldy, ldy, 0, rows);
     }
     size_t middle = rows / 2 / 16 * 16;
@@ -127,11 +130,11 @@ static void test_matmul(const struct ggml_kernels * k, enum ggml_type type, size
     size_t wrong = 0;
     while (wrong < size && same(y[wrong], expected[wrong])) wrong++;
     check(wrong == size,
-          "%s: %s %zu x %zu, %zu vectors, weights %d, input %d: token %zu row %zu is %a, "
+          "%s: %s %zu x %zu, %zu vectors, weights %d, input %d, A%d: token %zu row %zu is %a, "
           "expected %a",
           k->isa, ggml_type_traits(type)->name, rows, cols, n, (int)weights, (int)input,
-          wrong / ldy, wrong % ldy, wrong < size ? y[wrong] : 0,
-          wrong < size ? expected[wrong] : 0);
+          p.in.activations == GGML_A8 ? 8 : 16, wrong / ldy, wrong % ldy,
+          wrong < size ? y[wrong] : 0, wrong < size ? expected[wrong] : 0);
     free(expected);
     free(y);
     free_problem(&p);
@@ -303,19 +306,21 @@ static void test_vectors(const struct ggml_kernels * k) {
     }
 }
 
-static void test_quantize_act(const struct ggml_kernels * k) {
+static void test_quantize_act(const struct ggml_kernels * k, enum ggml_activations activations) {
+    const int steps = activations == GGML_A8 ? 127 : 16255, base = steps == 127 ? 1 : 128;
     for (int i = 0; i < 3000; i++) {
         enum { N = 96 };
         float x[N];
         float scale = ldexpf(1, (int)random_below(250) - 125);
         for (int j = 0; j < N; j++) {
             x[j] = random_input((enum input)(i % 3)) * (i % 5 ? 1 : scale);
-            if (i % 7 == 0) x[j] = (float)((int)random_below(65) - 32) / 2 * 16255 / 16; /* ties */
+            if (i % 7 == 0)
+                x[j] = (float)((int)random_below(65) - 32) / 2 * (float)steps / 16; /* ties */
         }
         uint8_t * act = allocate_aligned(ggml_act_size(N));
         uint8_t * expected = allocate_aligned(ggml_act_size(N));
-        k->quantize_act(N, x, act);
-        scalar->quantize_act(N, x, expected);
+        k->quantize_act(activations, N, x, act);
+        scalar->quantize_act(activations, N, x, expected);
         const struct ggml_act * a = (const struct ggml_act *)(const void *)act;
         const struct ggml_act * e = (const struct ggml_act *)(const void *)expected;
         bool equal = true, defined = true;
@@ -330,8 +335,8 @@ static void test_quantize_act(const struct ggml_kernels * k) {
             /* and the scalar one is what README.md says */
             for (int j = 0; j < 32; j++) {
                 int v = e[b].a[ggml_slot(j)];
-                defined &= v == 128 * e[b].hi[j] + e[b].lo[j] && abs(v) <= 16255;
-                defined &= e[b].lo[j] >= -64 && e[b].lo[j] <= 63;
+                defined &= v == base * e[b].hi[j] + e[b].lo[j] && abs(v) <= steps;
+                defined &= base == 1 ? e[b].lo[j] == 0 : e[b].lo[j] >= -64 && e[b].lo[j] <= 63;
                 if (!(e[b].d > 0)) defined &= v == 0;
                 if (e[b].d > 0) defined &= (float)v == rintf(x[32 * b + j] * (1 / e[b].d));
             }
@@ -458,7 +463,7 @@ static void bench_vectors(const struct ggml_kernels * k) {
             double start = now();
             for (int call = 0; call < CALLS && name; call++) {
                 if (op < 0) {
-                    k->quantize_act(N, v[8], act);
+                    k->quantize_act(GGML_A16, N, v[8], act);
                 } else {
                     name = run_operation(k, op, N, v);
                 }
@@ -519,7 +524,8 @@ int main(int argc, char ** argv) {
         int before = passed + failed;
         test_matmuls(k);
         test_vectors(k);
-        test_quantize_act(k);
+        test_quantize_act(k, GGML_A16);
+        test_quantize_act(k, GGML_A8);
         test_read(k);
         printf("%s: %d checks\n", isas[i], passed + failed - before);
     }
