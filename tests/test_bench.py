@@ -174,7 +174,9 @@ def test_shape_json_and_plot(quick, tmp_path):
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     figures = json.loads(done.stdout)
-    assert set(figures) == {"cpu", "kernels", "llc_bytes", "noise_known", "limits", "models"}
+    assert set(figures) == {
+        "cpu", "kernels", "llc_bytes", "noise_known", "limits", "options", "models",
+    }  # fmt: skip
     assert list(figures["limits"]) == ["1", "2"]
     assert [model["name"] for model in figures["models"]] == [
         "169M FP16",

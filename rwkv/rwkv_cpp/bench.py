@@ -42,6 +42,7 @@ from .library import (
     RWKVSharedLibrary,
     load_rwkv_shared_library,
 )
+from .load_options import load_options
 from .model import RWKVModel, RWKVSequence, embedded_model
 from .quantize import quantize_file
 
@@ -299,15 +300,23 @@ class Result:
 
 
 def measure_model(
-    library: RWKVSharedLibrary, machine: Machine, name: str, path: Path, report: Report
+    library: RWKVSharedLibrary,
+    machine: Machine,
+    name: str,
+    path: Path,
+    report: Report,
+    **options: Any,
 ) -> Result:
-    """Measure the model at `path` with the numbers of threads that `machine` was measured with."""
-    memory = library.rwkv_estimate(path)
+    """Measure the model at `path` with the numbers of threads that `machine` was measured with.
+
+    options: as for RWKVModel.
+    """
+    memory = library.rwkv_estimate(path, **options)
     most = max(machine.limits)
     report(f"{name}: loading")
-    loadings = measure_loading(library, path, most)
+    loadings = measure_loading(library, path, most, options)
     numbers = itertools.count(1)
-    with RWKVModel(library, path, most) as model:
+    with RWKVModel(library, path, most, **options) as model:
         contexts = {n: model.clone(n) for n in machine.limits}
         sample = min(memory.token, machine.sample)
 
@@ -379,7 +388,9 @@ def _random_tokens(n_vocab: int) -> Iterator[int]:
         yield from random.integers(n_vocab, size=1024).tolist()
 
 
-def measure_loading(library: RWKVSharedLibrary, path: Path, n_threads: int) -> list[Loading]:
+def measure_loading(
+    library: RWKVSharedLibrary, path: Path, n_threads: int, options: dict[str, Any]
+) -> list[Loading]:
     """Load the model again and again, each time in a new process, from the page cache."""
     with path.open("rb") as file:
         while file.read(1 << 24):
@@ -389,7 +400,8 @@ def measure_loading(library: RWKVSharedLibrary, path: Path, n_threads: int) -> l
     with spawn.Pool(1, _leave_interrupts_to_parent, maxtasksperchild=1) as pool:
 
         def measure() -> Loading:
-            return pool.apply(load_once, (library.path, path, n_threads, next(with_prompt, False)))
+            arguments = library.path, path, n_threads, next(with_prompt, False), options
+            return pool.apply(load_once, arguments)
 
         return repeat(measure, lambda loading: [loading.noise], REPETITIONS)
 
@@ -398,12 +410,14 @@ def _leave_interrupts_to_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def load_once(library_path: Path, path: Path, n_threads: int, with_prompt: bool) -> Loading:
+def load_once(
+    library_path: Path, path: Path, n_threads: int, with_prompt: bool, options: dict[str, Any]
+) -> Loading:
     library = load_rwkv_shared_library(library_path)
     before = _resident()
     watch = Watch()
     began = time.perf_counter()
-    with RWKVModel(library, path, n_threads) as model:
+    with RWKVModel(library, path, n_threads, **options) as model:
         loaded = time.perf_counter()
         _, state = model.eval(0, None)
         evaluated = time.perf_counter()
@@ -546,6 +560,7 @@ def _threads(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     type=click.Path(path_type=Path),
     help="Also draw speeds and limits to this PNG file.",
 )
+@load_options
 def command(
     path: Path | None,
     shape: str | None,
@@ -553,6 +568,7 @@ def command(
     threads: list[int | None],
     as_json: bool,
     picture: Path | None,
+    options: dict[str, Any],
 ) -> None:
     """Measure how fast a model runs, beside this machine's limits.
 
@@ -578,8 +594,10 @@ def command(
             models = shape_models(library, shape, formats or ("Q4_0",), report)
         else:
             models = file_models(library, path or embedded_model(), formats, report)
-        results = [measure_model(library, machine, *model, report).figures() for model in models]
-    figures = _machine_figures(machine) | {"models": results}
+        results = [
+            measure_model(library, machine, *model, report, **options).figures() for model in models
+        ]
+    figures = _machine_figures(machine) | {"options": options, "models": results}
     if picture is not None:
         draw_roofline(picture, figures)
     click.echo(json.dumps(figures) if as_json else _table(figures))
@@ -605,7 +623,8 @@ def _machine_figures(machine: Machine) -> dict[str, Any]:
 
 def _table(figures: dict[str, Any]) -> str:
     """The figures for people."""
-    lines = [f"{figures['cpu']}, {figures['kernels']} kernels"]
+    options = [f"{name} {value}" for name, value in figures["options"].items() if value]
+    lines = [", ".join([figures["cpu"], f"{figures['kernels']} kernels", *options])]
 
     def heading(*columns: str) -> None:
         lines.extend(["", f"{columns[0]:<24}" + "".join(f"{column:>13}" for column in columns[1:])])

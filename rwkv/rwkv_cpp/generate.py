@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
 from .library import MAX_THREADS
+from .load_options import load_options
 from .model import RWKVModel, embedded_model
 from .sampling import sample_logits
 from .tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -119,6 +121,7 @@ class _Bias(click.ParamType):
     multiple=True,
     help="Add VALUE to the logit of token ID; -inf bans it. May be repeated.",
 )
+@load_options
 def command(
     prompt: str,
     model_path: Path | None,
@@ -129,6 +132,7 @@ def command(
     threads: int | None,
     vocabulary: Path | None,
     logit_bias: tuple[tuple[int, float], ...],
+    options: dict[str, Any],
 ) -> None:
     """Continue a text, token by token.
 
@@ -147,7 +151,7 @@ def command(
     else:  # arguments that are not UTF-8 arrive as surrogates
         prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")
     path = model_path or embedded_model()
-    with RWKVModel(None, path, threads) as model:
+    with RWKVModel(None, path, threads, **options) as model:
         tokenizer = load_tokenizer(model.n_vocab, vocabulary, path)
         if not prompt:
             token = first_token(tokenizer)

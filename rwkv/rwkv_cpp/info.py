@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
 from .ggmf import Header, read_index
 from .library import Memory, RWKVSharedLibrary, load_rwkv_shared_library
+from .load_options import load_options
 from .model import EMBEDDED_MODEL
 
 # The released RWKV-4 models: n_layer, n_embed. All have 50277 tokens.
@@ -35,10 +37,13 @@ class ModelInfo:
     memory: Memory
 
 
-def inspect(path: Path, library: RWKVSharedLibrary | None = None) -> ModelInfo:
-    """Read what a model file holds from its table of tensors. Raises RWKVFileError."""
+def inspect(path: Path, library: RWKVSharedLibrary | None = None, **options: Any) -> ModelInfo:
+    """Read what a model file holds from its table of tensors. Raises RWKVFileError.
+
+    options: those of loading that change the memory, as for RWKVModel.
+    """
     library = library or load_rwkv_shared_library()
-    memory = library.rwkv_estimate(path)  # checks the file as loading does
+    memory = library.rwkv_estimate(path, **options)  # checks the file as loading does
     header, records = read_index(path)
     tensors: Counter[str] = Counter()
     n_bytes: Counter[str] = Counter()
@@ -53,12 +58,12 @@ def inspect(path: Path, library: RWKVSharedLibrary | None = None) -> ModelInfo:
     return ModelInfo(header, types, n_weights, memory)
 
 
-def sizes(library: RWKVSharedLibrary | None = None) -> dict[str, dict[str, Memory]]:
-    """Format -> released size -> the memory that such a model takes."""
+def sizes(library: RWKVSharedLibrary | None = None, **options: Any) -> dict[str, dict[str, Memory]]:
+    """Format -> released size -> the memory that such a model takes. options: as for `inspect`."""
     library = library or load_rwkv_shared_library()
     return {
         name: {
-            size: library.rwkv_estimate_shape(_N_VOCAB, n_embed, n_layer, name)
+            size: library.rwkv_estimate_shape(_N_VOCAB, n_embed, n_layer, name, **options)
             for size, (n_layer, n_embed) in SIZES.items()
         }
         for name in _formats(library)
@@ -77,7 +82,8 @@ def _formats(library: RWKVSharedLibrary) -> Iterator[str]:
     "-m", "--model", "model_path", type=click.Path(path_type=Path), help="[default: embedded]"
 )
 @click.option("--sizes", "show_sizes", is_flag=True, help="The memory that released models take.")
-def command(model_path: Path | None, show_sizes: bool) -> None:
+@load_options
+def command(model_path: Path | None, show_sizes: bool, options: dict[str, Any]) -> None:
     """Show what a model file holds, the memory it takes and this library.
 
     \b
@@ -88,11 +94,11 @@ def command(model_path: Path | None, show_sizes: bool) -> None:
     if show_sizes:
         if model_path:
             raise click.UsageError("--sizes shows released models, leave out --model")
-        _print_sizes(sizes(library))
+        _print_sizes(sizes(library, **options))
         return
     if model_path or EMBEDDED_MODEL.is_file():
         path = model_path or EMBEDDED_MODEL
-        _print_model(path, inspect(path, library))
+        _print_model(path, inspect(path, library, **options))
         click.echo()
     _print_rows(
         {

@@ -413,6 +413,7 @@ class RWKVSharedLibrary:
         *,
         mmap: bool = True,
         prefault: bool = False,
+        head: str | None = None,
         activations: str | None = None,
         progress: Progress | None = None,
     ) -> RWKVContext:
@@ -423,6 +424,7 @@ class RWKVSharedLibrary:
             n_threads=_n_threads(thread_count),
             mmap=mmap,
             prefault=prefault,
+            head=_text(head),
             activations=_text(activations),
             progress=monitor.callback,
         )
@@ -448,20 +450,35 @@ class RWKVSharedLibrary:
         """Free `ctx`; freeing it again does nothing."""
         ctx.free()
 
-    def rwkv_estimate(self, path: FilePath, *, mmap: bool = True) -> Memory:
+    def rwkv_estimate(
+        self,
+        path: FilePath,
+        *,
+        mmap: bool = True,
+        head: str | None = None,
+        activations: str | None = None,
+    ) -> Memory:
         """What loading the model at `path` takes, from its table of tensors."""
         memory = _Memory()
-        options = _LoadOptions(mmap=mmap)
+        options = _LoadOptions(mmap=mmap, head=_text(head), activations=_text(activations))
         encoded = _path(path)
         self._check(self._c.rwkv_estimate(encoded, ctypes.byref(options), ctypes.byref(memory)))
         return Memory(*(getattr(memory, name) for name in Memory._fields))
 
     def rwkv_estimate_shape(
-        self, n_vocab: int, n_embed: int, n_layer: int, format_name: str, *, mmap: bool = True
+        self,
+        n_vocab: int,
+        n_embed: int,
+        n_layer: int,
+        format_name: str,
+        *,
+        mmap: bool = True,
+        head: str | None = None,
+        activations: str | None = None,
     ) -> Memory:
         """The same for a model of these sizes that is not there."""
         memory = _Memory()
-        options = _LoadOptions(mmap=mmap)
+        options = _LoadOptions(mmap=mmap, head=_text(head), activations=_text(activations))
         self._check(
             self._c.rwkv_estimate_shape(
                 n_vocab,
@@ -597,6 +614,7 @@ class RWKVSharedLibrary:
         *,
         file_version: int = 0,
         allow_nan: bool = False,
+        head: str | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Write a quantized copy; see rwkv_quantize_options in rwkv.h for the options."""
@@ -606,6 +624,7 @@ class RWKVSharedLibrary:
             format_name=format_name.encode(),
             file_version=as_integer(file_version, "file_version", 0, 2**32 - 1),
             allow_nan=allow_nan,
+            head=_text(head),
             progress=monitor.callback,
         )
         monitor.run(

@@ -78,7 +78,9 @@ class RWKVModel:
     thread_count: 1..1024; None: all physical cores that this process may use.
     mmap: FP32 and FP16 matrices stay in the mapped file, which must not be overwritten meanwhile.
     prefault: read mapped pages now rather than with the first token.
-    activations: None or "A16".
+    head: the format that an FP16 or FP32 head is quantized to, such as "Q8_0"; None: as it is.
+    activations: what quantized matrices are multiplied with: "A16" (None), 15 bits, or "int8", 8
+    bits, which is faster in prompts and less exact.
     progress: called as (bytes done, bytes in all), possibly from another thread; an exception that
     it raises cancels the loading and comes out here.
 
@@ -99,6 +101,7 @@ class RWKVModel:
         *,
         mmap: bool = True,
         prefault: bool = False,
+        head: str | None = None,
         activations: str | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -108,9 +111,11 @@ class RWKVModel:
             thread_count,
             mmap=mmap,
             prefault=prefault,
+            head=head,
             activations=activations,
             progress=progress,
         )
+        self._activations = activations
         self._own(library, context)
 
     def _own(self, library: RWKVSharedLibrary, context: RWKVContext) -> None:
@@ -129,8 +134,12 @@ class RWKVModel:
         Waits for a running evaluation. Each of the two is freed on its own.
         """
         model = object.__new__(type(self))
+        model._activations = self._activations
         with self._using(wait=True) as context:
-            model._own(self._library, self._library.rwkv_clone_context(context, thread_count))
+            clone = self._library.rwkv_clone_context(
+                context, thread_count, activations=self._activations
+            )
+            model._own(self._library, clone)
         return model
 
     def free(self) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from .errors import NonFiniteLogits, RWKVFileError
 from .library import MAX_THREADS
+from .load_options import load_options
 from .model import RWKVModel, RWKVSequence, embedded_model
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -138,6 +140,7 @@ def read_text(path: Path) -> str:
     help="Vocabulary file.  [default: looked for, see `rwkv generate --help`]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@load_options
 def command(
     text: Path,
     model_path: Path | None,
@@ -146,6 +149,7 @@ def command(
     threads: int | None,
     vocabulary: Path | None,
     as_json: bool,
+    options: dict[str, Any],
 ) -> None:
     """Measure how well a model predicts a text.
 
@@ -158,7 +162,7 @@ def command(
     """
     path = model_path or embedded_model()
     content = read_text(text)
-    with RWKVModel(None, path, threads) as model:
+    with RWKVModel(None, path, threads, **options) as model:
         tokenizer = load_tokenizer(model.n_vocab, vocabulary, path)
         tokens = tokenizer.encode(content)[:limit]
         with tqdm(total=len(tokens), unit="token", disable=None) as bar:

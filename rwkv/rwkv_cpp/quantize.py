@@ -17,14 +17,16 @@ def quantize_file(
     *,
     file_version: int = 0,
     allow_nan: bool = False,
+    head: str | None = None,
     progress: Progress | None = None,
     library: RWKVSharedLibrary | None = None,
 ) -> None:
-    """Write a copy of `source` with its matrices quantized; embedding and head stay as they are.
+    """Write a copy of `source` with its matrices quantized; the embedding stays as it is.
 
     format_name: "Q4_0" to "Q8_0" in any case, or the number of its data type, "2" to "9".
     file_version: 100 or 101; 0: 101 where that has the format, otherwise 100.
     allow_nan: pass weights that are not finite on, rather than refuse them.
+    head: the head's format, given as format_name is; None: it stays as it is.
     `target` appears, or replaces an older file, only when it is complete.
 
     Raises RWKVFileError for a source that is no FP32 or FP16 model, ValueError for other arguments.
@@ -36,6 +38,7 @@ def quantize_file(
         _format(library, format_name),
         file_version=file_version,
         allow_nan=allow_nan,
+        head=head and _format(library, head),
         progress=progress,
     )
 
@@ -57,8 +60,16 @@ def _format(library: RWKVSharedLibrary, text: str) -> str:
     help="Of DEST.  [default: 101; 100 for Q4_1_O, Q4_2 and Q4_3, which only that has]",
 )
 @click.option("--allow-nan", is_flag=True, help="Pass NaN and infinite weights on.")
+@click.option(
+    "--head", metavar="FORMAT", help="Also quantize the head, to this format.  [default: as it is]"
+)
 def command(
-    source: Path, target: Path, format_name: str, file_version: str | None, allow_nan: bool
+    source: Path,
+    target: Path,
+    format_name: str,
+    file_version: str | None,
+    allow_nan: bool,
+    head: str | None,
 ) -> None:
     """Write a quantized copy of a model.
 
@@ -81,6 +92,7 @@ def command(
             format_name,
             file_version=int(file_version or 0),
             allow_nan=allow_nan,
+            head=head,
             progress=progress,
         )
     click.echo(f"{target}: {target.stat().st_size:,} bytes, {source}: {source.stat().st_size:,}")
