@@ -126,14 +126,31 @@ struct Model {
     Pool pool;
 };
 
+// The type that a tensor is evaluated in: the file's, unless it is a head to be quantized.
+ggml_type memory_type(const Index & index, const Tensor & tensor, const char * head) {
+    if (head == nullptr || kind_of(tensor) != HEAD) return tensor.type;
+    const ggml_type type = find_format(head, 0, FIRST_QUANTIZED).type;
+    if (ggml_type_traits(tensor.type)->file_id == ggml_type_traits(type)->file_id) {
+        return tensor.type;
+    }
+    const std::string where = index.path + ": tensor '" + tensor.name + "'";
+    if (ggml_type_traits(tensor.type)->quantized) {
+        fail(RWKV_ERROR_ARGS | RWKV_ERROR_DATA_TYPE,
+             "%s is %s already, head is %s (leave head out, or quantize the original again)",
+             where.c_str(), type_name(tensor.type), type_name(type));
+    }
+    check_row(RWKV_ERROR_ARGS, where, tensor.cols, type);
+    return type;
+}
+
 // Quantized matrices are evaluated from stripes; embeddings are looked up row by row.
-bool is_packed(const Tensor & tensor) {
-    return ggml_type_traits(tensor.type)->quantized && kind_of(tensor) != EMBEDDING;
+bool is_packed(const Tensor & tensor, ggml_type type) {
+    return ggml_type_traits(type)->quantized && kind_of(tensor) != EMBEDDING;
 }
 
 // Bytes that a tensor takes in private memory; 0: it stays in the mapped file.
-uint64_t private_size(const Tensor & tensor, bool mmap) {
-    if (is_packed(tensor)) return ggml_stripes_size(tensor.type, tensor.rows, tensor.cols);
+uint64_t private_size(const Tensor & tensor, ggml_type type, bool mmap) {
+    if (is_packed(tensor, type)) return ggml_stripes_size(type, tensor.rows, tensor.cols);
     return is_vector(tensor) || !mmap ? tensor.size : 0;
 }
 
@@ -142,11 +159,12 @@ struct Sizes {
     uint64_t token;  // of both, what every token reads
 };
 
-Sizes sizes_of(const Index & index, bool mmap) {
+Sizes sizes_of(const Index & index, const rwkv_load_options & options) {
     Sizes sizes = {};
     for (const Tensor & tensor : index.tensors) {
         if (!is_needed(tensor)) continue;
-        const uint64_t size = private_size(tensor, mmap);
+        const ggml_type type = memory_type(index, tensor, options.head);
+        const uint64_t size = private_size(tensor, type, options.mmap);
         sizes.arena += aligned(size);
         if (size == 0) sizes.mapped += tensor.size;
         if (kind_of(tensor) != EMBEDDING) sizes.token += size > 0 ? size : tensor.size;
@@ -154,17 +172,19 @@ Sizes sizes_of(const Index & index, bool mmap) {
     return sizes;
 }
 
-// Repacks a tensor slab by slab, each as a matrix of its own.
-void pack(const InputFile & file, const Tensor & tensor, const Team & team,
+// Repacks a tensor, in this type, slab by slab, each as a matrix of its own.
+void pack(const InputFile & file, const Tensor & tensor, ggml_type type, const Team & team,
           const Progress & progress, uint8_t * stripes) {
-    const size_t stripe_size = ggml_stripe_size(tensor.type, tensor.cols);
+    const size_t stripe_size = ggml_stripe_size(type, tensor.cols);
+    RowConverter convert(file, tensor, type, team, "load the head as it is");
     const auto pack_slab = [&](size_t first_row, size_t rows, const uint8_t * bytes) {
+        if (type != tensor.type) bytes = convert(first_row, rows, bytes);
         uint8_t * to = stripes + first_row / GGML_STRIPE * stripe_size;
         Least bad_block;
         team.run(rows, GGML_STRIPE, [&](size_t first, size_t last) {
             size_t bad;
             const bool good =
-                ggml_pack_stripes(tensor.type, rows, tensor.cols, bytes, to, first, last, &bad);
+                ggml_pack_stripes(type, rows, tensor.cols, bytes, to, first, last, &bad);
             if (!good) bad_block.offer(bad);
         });
         if (bad_block.get() == Least::none) return;
@@ -197,7 +217,7 @@ std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & o
 
     const InputFile file(path);
     const Index index = read_model_index(file);
-    const Sizes sizes = sizes_of(index, options.mmap);
+    const Sizes sizes = sizes_of(index, options);
     model->shape = index.shape;
     model->weights.layers.resize(index.shape.n_layer);
     model->arena.allocate(sizes.arena, "the model");
@@ -208,11 +228,12 @@ std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & o
     uint8_t * next = model->arena.data();
     for (const Tensor & tensor : index.tensors) {
         if (!is_needed(tensor)) continue;
-        const uint64_t size = private_size(tensor, options.mmap);
+        const ggml_type type = memory_type(index, tensor, options.head);
+        const uint64_t size = private_size(tensor, type, options.mmap);
         const uint8_t * data = size > 0 ? next : model->mapping.data() + tensor.offset;
-        weight_of(model->weights, tensor) = {{tensor.type, tensor.rows, tensor.cols, data}};
-        if (is_packed(tensor)) {
-            pack(file, tensor, team, progress, next);
+        weight_of(model->weights, tensor) = {{type, tensor.rows, tensor.cols, data}};
+        if (is_packed(tensor, type)) {
+            pack(file, tensor, type, team, progress, next);
         } else if (size > 0) {
             file.read(tensor.offset, next, (size_t)size);
         } else if (options.prefault) {
@@ -504,7 +525,6 @@ rwkv_load_options checked_options(const rwkv_load_options * given) {
     const auto options = known_options(given, rwkv_default_load_options(), "rwkv_load_options");
     checked_threads(options.n_threads);
     refuse(options.sparse_ffn, "sparse_ffn");
-    refuse(options.head != nullptr, "another format for the head");
     find_activations(options.activations, GGML_A16);
     return options;
 }
@@ -513,7 +533,6 @@ rwkv_quantize_options checked_options(const rwkv_quantize_options * given) {
     need(given != nullptr, "options");
     const auto options =
         known_options(given, rwkv_default_quantize_options(), "rwkv_quantize_options");
-    refuse(options.head != nullptr, "another format for embedding and head");
     refuse(options.types != nullptr, "types of single tensors");
     refuse(options.importances != nullptr, "importances");
     if (options.method != nullptr && std::strcmp(options.method, "rtn") != 0) {
@@ -529,7 +548,7 @@ rwkv_quantize_options checked_options(const rwkv_quantize_options * given) {
 
 void fill_memory(rwkv_memory * memory, const Index & index, const rwkv_load_options & options) {
     need(memory != nullptr, "memory");
-    const Sizes sizes = sizes_of(index, options.mmap);
+    const Sizes sizes = sizes_of(index, options);
     Scratch scratch;
     rwkv_memory result = {};
     result.size = memory->size;

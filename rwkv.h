@@ -110,7 +110,9 @@ struct rwkv_load_options {
                            it is loaded); false: all is read into private memory. Default true */
     bool prefault;      /* read mapped pages now rather than with the first token. Default false */
     bool sparse_ffn;    /* must be false: not offered yet */
-    const char * head;  /* must be NULL: the head stays in the file's format */
+    const char * head;  /* "Q4_0" … "Q8_0": an FP32 or FP16 head is quantized while it is loaded, as
+                           rwkv_quantize_file does it, in the newest version's layout. NULL: as it
+                           is in the file */
     const char * activations; /* of the context: how vectors are rounded that meet quantized
                                  matrices. NULL or "A16": to 15 bits and a sign. "int8": to 7, which
                                  reads prompts faster and is less exact */
@@ -238,7 +240,8 @@ struct rwkv_quantize_options {
     const char * format_name; /* "Q4_0" … "Q8_0"; required */
     uint32_t file_version;    /* 0: 101 where that has the format, otherwise 100 */
     bool allow_nan;      /* weights that are not finite: false is an error, true passes them on */
-    const char * head;   /* must be NULL: embedding and head keep the source's format */
+    const char * head;   /* "Q4_0" … "Q8_0", in that version. NULL: the source's format, which the
+                            embedding keeps anyway */
     const char * types;  /* must be NULL: per-tensor types are not offered yet */
     const char * method; /* NULL or "rtn": round to nearest by the format's own rule */
     const char * importances; /* must be NULL */

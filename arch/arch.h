@@ -27,7 +27,7 @@ enum Kind {
     FIRST_VECTOR, /* one that only the first layer needs */
     MATRIX,       /* any type; what quantizing is for */
     EMBEDDING,    /* rows are looked up; keeps its type when a file is quantized */
-    HEAD,         /* a matrix that keeps its type: quantizing it saves little and costs quality */
+    HEAD,         /* a matrix that keeps its type unless asked */
 };
 
 constexpr size_t max_rows = 256; /* tokens that are evaluated in one pass over the weights */

@@ -204,6 +204,7 @@ Index imagine_index(size_t n_vocab, size_t n_embed, size_t n_layer, ggml_type ty
     check_row(RWKV_ERROR_ARGS, where, n_embed, type);
     const Shape shape = {n_vocab, n_embed, n_layer, 4 * n_embed};
     Index index;
+    index.path = where;
     index.size = header_size;
     index.shape = shape;
     each_needed(shape.n_layer, [&](const Slot & slot, size_t layer) {

@@ -266,9 +266,9 @@ static void test_options(void) {
 
     struct rwkv_load_options options = rwkv_default_load_options();
     check(options.mmap && !options.prefault && options.n_threads == 0, "defaults");
-    options.head = "Q8_0";
-    refused(rwkv_load(model_path, &options), RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED,
-            "not offered", "head");
+    options.head = "FP16";
+    refused(rwkv_load(model_path, &options), RWKV_ERROR_ARGS | RWKV_ERROR_DATA_TYPE,
+            "unknown format 'FP16' (choose from Q4_0,", "head");
     options = rwkv_default_load_options();
     options.sparse_ffn = true;
     refused(rwkv_load(model_path, &options), RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED,
@@ -763,9 +763,8 @@ static void test_quantize(void) {
 
     options = rwkv_default_quantize_options();
     options.format_name = "Q4_0";
-    const char ** const texts[] = {&options.head, &options.types, &options.importances,
-                                   &options.method};
-    for (int i = 0; i < 4; i++) {
+    const char ** const texts[] = {&options.types, &options.importances, &options.method};
+    for (int i = 0; i < 3; i++) {
         *texts[i] = "Q8_0";
         check(!rwkv_quantize_file(model_path, output_path, &options),
               "an option that is not offered");
@@ -800,9 +799,10 @@ static void test_progress_of_loading(void) {
 }
 
 static void test_estimate(void) {
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 6; i++) {
         struct rwkv_load_options options = rwkv_default_load_options();
         options.mmap = i % 2;
+        options.head = i < 4 ? NULL : "Q8_0";
         if (i == 2) check(rwkv_quantize_model_file(model_path, output_path, "Q4_1_O"), "quantize");
         const char * path = i < 2 ? model_path : output_path;
         struct rwkv_memory memory = {.size = sizeof memory};

@@ -19,6 +19,8 @@ N_VOCAB = 50
 FORMATS = [(version, name) for version in (100, 101) for name in quants.PLAIN] + [
     layout for layout in quants.LAYOUTS if layout[1] not in quants.PLAIN
 ]
+QUANTIZED = [layout for layout in FORMATS if layout[1] not in quants.PLAIN]
+ACTIVATIONS = tuple(canonical.STEPS)
 LEVELS = ("scalar", "avx2", "avx512", "neon")
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, N_VOCAB, 300)]
 
@@ -58,6 +60,32 @@ def test_core_equals_the_reference(tmp_path, tensors, version, name):
         core_logits, core_state = evaluate(model, TOKENS[20:24], core_state)
         assert_same_bits(core_logits, logits)
         assert_same_bits(core_state, state.ravel())
+
+
+@pytest.mark.parametrize(("version", "name"), QUANTIZED)
+def test_8_bit_activations_equal_the_reference(tmp_path, tensors, version, name):
+    path, tokens = tmp_path / "model.bin", TOKENS[:20]
+    file = write_model(path, tensors, name, version, types={"head.weight": name})
+    logits, state = canonical.forward(file, tokens, activations="int8")
+    with RWKVModel(None, path, 2, activations="int8") as model:
+        core_logits, core_state = evaluate(model, tokens)
+    assert_same_bits(core_logits, logits)
+    assert_same_bits(core_state, state.ravel())
+
+
+@pytest.mark.parametrize("name", sorted({name for _, name in QUANTIZED}))
+@pytest.mark.parametrize("plain", quants.PLAIN)
+def test_head_quantized_while_loading(tmp_path, tensors, plain, name):
+    path = tmp_path / "model.bin"
+    file = write_model(path, tensors, "Q5_1", table_type=plain)
+    version = 101 if (101, name) in quants.LAYOUTS else 100
+    file["head.weight"] = quants.Tensor.of(version, name, file["head.weight"].values())
+    expected = canonical.forward(file, TOKENS[:20])
+    for mmap in (True, False):
+        with RWKVModel(None, path, 2, mmap=mmap, head=name) as model:
+            logits, state = evaluate(model, TOKENS[:20])
+        assert_same_bits(logits, expected[0])
+        assert_same_bits(state, expected[1].ravel())
 
 
 @pytest.mark.parametrize(
@@ -102,12 +130,16 @@ def test_any_type_per_tensor_and_any_order(tmp_path, tensors, version):
     assert_same_bits(core_state, state.ravel())
 
 
-@pytest.mark.parametrize(("version", "name"), FORMATS[2:])  # FP32 and FP16 in one version only
-def test_every_way_gives_the_same_bits(tmp_path, tensors, monkeypatch, version, name):
+@pytest.mark.parametrize(
+    ("version", "name", "activations"),
+    [(version, name, "A16") for version, name in FORMATS[2:]]  # FP32 and FP16 in one version only
+    + [(version, name, "int8") for version, name in QUANTIZED],
+)
+def test_every_way_gives_the_same_bits(tmp_path, tensors, monkeypatch, version, name, activations):
     """eval, eval_sequence, in chunks, in a batch; 1 to 3 threads; mapped or copied; every level."""
     path, tokens = tmp_path / "model.bin", TOKENS[:40]
     write_model(path, tensors, name, version)
-    with RWKVModel(None, path, 1) as model:
+    with RWKVModel(None, path, 1, activations=activations) as model:
         expected = evaluate(model, tokens)
     levels_run = set()
     for level in (None, *LEVELS):
@@ -117,7 +149,7 @@ def test_every_way_gives_the_same_bits(tmp_path, tensors, monkeypatch, version, 
             monkeypatch.setenv("RWKV_ISA", level)
         for threads, mmap in ((1, True), (2, False), (3, True)):
             try:
-                model = RWKVModel(None, path, threads, mmap=mmap)
+                model = RWKVModel(None, path, threads, mmap=mmap, activations=activations)
             except RuntimeError:
                 break  # this CPU has no such level
             with model:
@@ -169,18 +201,19 @@ def test_close_to_float64(tmp_path, tensors, name):
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("version", "name"), [f for f in FORMATS if f[1] not in quants.PLAIN])
-def test_error_of_a_quantized_row(tmp_path, tensors, version, name):
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize(("version", "name"), QUANTIZED)
+def test_error_of_a_quantized_row(tmp_path, tensors, version, name, activations):
     """Rows of the head against exact products: an activation is at most half a step d off, and the
     K/32 blocks are rounded a few times each."""
     path = tmp_path / "model.bin"
     file = write_model(path, tensors, "FP32", version, types={"head.weight": name})
     weights = file_weights(file)["head.weight"]
-    with RWKVModel(None, path, 1) as model:
+    with RWKVModel(None, path, 1, activations=activations) as model:
         sequences = [RWKVSequence([token], want_hidden=True) for token in TOKENS[:20]]
         for result in model.eval_batch(sequences):
             x = result.hidden.astype(np.float64)
-            d = np.abs(x).reshape(-1, 32).max(axis=1) / 16255
+            d = np.abs(x).reshape(-1, 32).max(axis=1) / canonical.STEPS[activations]
             step = (d / 2 * np.abs(weights).reshape(len(weights), -1, 32).sum(axis=2)).sum(axis=1)
             rounding = (len(x) / 32 + 8) * 2**-24 * np.abs(weights * x).sum(axis=1)
             error = np.abs(result.logits[0] - weights @ x)

@@ -362,6 +362,19 @@ def test_estimate_of_a_shape_is_that_of_such_a_file(library, tmp_path):
         assert shape == library.rwkv_estimate(quantized), name
 
 
+def test_estimate_with_a_quantized_head(library, tmp_path):
+    path, quantized = tmp_path / "model.bin", tmp_path / "quantized.bin"
+    write_model(path, random_model(1, n_vocab=64, n_embed=32, n_layer=2, n_ffn=128), "FP16")
+    for name in ("Q4_0", "Q5_1", "Q8_0"):
+        library.rwkv_quantize_file(path, quantized, "Q4_1", head=name)
+        of_file = library.rwkv_estimate(quantized)
+        of_shape = library.rwkv_estimate_shape(64, 32, 2, "Q4_1", head=name)
+        assert of_shape._replace(file=of_file.file) == of_file
+        assert library.rwkv_estimate(quantized, head=name) == of_file
+    with pytest.raises(ValueError, match="rows of 48 weights, but Q8_0 needs"):
+        library.rwkv_estimate_shape(64, 48, 2, "FP16", head="Q8_0")
+
+
 def test_system_info_names_the_active_kernels(library):
     assert re.search(r"\bISA=\w+", library.rwkv_get_system_info_string())
 

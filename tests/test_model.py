@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import rwkv_cpp.model
 from models import random_model, write_model
-from rwkv_cpp import RWKVModel, RWKVSequence, load_rwkv_shared_library
+from rwkv_cpp import RWKVFileError, RWKVModel, RWKVSequence, load_rwkv_shared_library
 
 N_VOCAB, N_EMBED, N_LAYER = 50, 32, 2
 N_STATE = N_LAYER * 5 * N_EMBED
@@ -635,6 +635,41 @@ def test_failed_load_leaves_nothing(path):
         RWKVModel(None, "nothing.bin")
     with pytest.raises(ValueError, match="activations"):
         RWKVModel(None, path, activations="A8")
+
+
+def test_head_that_cannot_be_quantized(tmp_path):
+    path, tensors = tmp_path / "model.bin", random_model(1, n_vocab=50, n_embed=48, n_layer=1)
+
+    def refused(error, text, head="Q8_0"):
+        with pytest.raises(error, match=text):
+            RWKVModel(None, path, 1, head=head)
+
+    write_model(path, tensors)
+    refused(ValueError, r"model\.bin: tensor 'head\.weight': rows of 48 weights, but Q8_0 needs")
+    tensors = random_model(1, n_vocab=50, n_embed=32, n_layer=1)
+    write_model(path, tensors, types={"head.weight": "Q5_1"})
+    refused(ValueError, "'head.weight' is Q5_1 already, head is Q8_0")
+    refused(ValueError, "unknown format 'q8_0'", "q8_0")
+    with RWKVModel(None, path, 1, head="Q5_1") as as_asked, RWKVModel(None, path, 1) as as_it_is:
+        assert np.array_equal(as_asked.eval(1, None)[0], as_it_is.eval(1, None)[0])
+    tensors["head.weight"][49, 3] = np.inf
+    write_model(path, tensors)
+    refused(RWKVFileError, r"'head.weight': weight \[49, 3\] is NaN or infinite \(load the head as")
+    tensors["head.weight"][49, 3] = 3e38
+    write_model(path, tensors)
+    refused(RWKVFileError, r"row 49 are too large for the scales of Q8_0 \(load the head as it is")
+
+
+def test_activations(tmp_path):
+    path = tmp_path / "model.bin"
+    write_model(path, random_model(1, n_vocab=50, n_embed=32, n_layer=1), "Q8_0")
+    with RWKVModel(None, path, 1) as exact, RWKVModel(None, path, activations="int8") as fast:
+        logits, _ = exact.eval(1, None)
+        assert np.array_equal(exact.clone().eval(1, None)[0], logits)
+        in_8_bits, _ = fast.eval(1, None)
+        assert not np.array_equal(in_8_bits, logits)
+        np.testing.assert_allclose(in_8_bits, logits, atol=0.1 * np.abs(logits).max())
+        assert np.array_equal(fast.clone(2).eval(1, None)[0], in_8_bits)
 
 
 def test_exit_with_live_models(path):

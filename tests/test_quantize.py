@@ -11,7 +11,7 @@ import pytest
 from commands import CONSOLE, environment, rwkv
 from models import random_model, read_model, write_model
 from reference import quants
-from rwkv_cpp import RWKVFileError
+from rwkv_cpp import RWKVFileError, RWKVModel
 from rwkv_cpp.quantize import quantize_file
 
 NAMES = [name for name in quants.TYPE_IDS if name not in quants.PLAIN]
@@ -48,6 +48,40 @@ def test_bytes_are_the_references(tmp_path, tensors, plain, name):
         quantize_file(source, target, name, file_version=version)
         write_model(expected, tensors, name, version or NEWEST[name], table_type=plain)
         assert target.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("plain", quants.PLAIN)
+@pytest.mark.parametrize(("version", "name"), quants.LAYOUTS)
+def test_bytes_with_a_head_are_the_references(tmp_path, tensors, plain, version, name):
+    source, target, expected = tmp_path / "source", tmp_path / "target", tmp_path / "expected"
+    file = write_model(source, tensors, plain)
+    tensors = {key: tensor.values() for key, tensor in file.items()}
+    matrices = "Q4_2" if version == 100 else "Q4_1"
+    quantize_file(source, target, matrices, file_version=version, head=name.lower())
+    write_model(expected, tensors, matrices, version, types={"head.weight": name}, table_type=plain)
+    assert target.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("name", [name for version, name in quants.LAYOUTS if version == 101])
+def test_head_of_the_file_is_the_head_of_the_option(tmp_path, tensors, name):
+    source, plain, target = (tmp_path / name for name in ("source", "plain", "target"))
+    write_model(source, tensors, "FP16")
+    quantize_file(source, plain, "Q4_0")
+    quantize_file(source, target, "Q4_0", head=name)
+    results = []
+    for path, head in ((plain, name), (target, None)):
+        with RWKVModel(None, path, 2, head=head) as model:
+            logits, state = model.eval_sequence(range(50), None)
+        results.append((logits.tobytes(), state.tobytes()))
+    assert results[0] == results[1]
+
+
+def test_head_that_cannot_be(tmp_path, source):
+    target = tmp_path / "target.bin"
+    for head, text in (("Q9_9", "unknown format 'Q9_9'"), ("Q4_1_O", "version 101 have no Q4_1_O")):
+        with pytest.raises(ValueError, match=text):
+            quantize_file(source, target, "Q4_0", head=head)
+    assert os.listdir(tmp_path) == ["source.bin"]
 
 
 @pytest.mark.parametrize("number", range(2, 10))

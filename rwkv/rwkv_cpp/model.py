@@ -115,7 +115,6 @@ class RWKVModel:
             activations=activations,
             progress=progress,
         )
-        self._activations = activations
         self._own(library, context)
 
     def _own(self, library: RWKVSharedLibrary, context: RWKVContext) -> None:
@@ -129,17 +128,13 @@ class RWKVModel:
         self._user: int | None = None  # the thread that holds it
 
     def clone(self, thread_count: int | None = None) -> RWKVModel:
-        """Return another model that shares the weights and can evaluate at the same time.
+        """Return another model on the same weights, which can evaluate at the same time.
 
         Waits for a running evaluation. Each of the two is freed on its own.
         """
         model = object.__new__(type(self))
-        model._activations = self._activations
         with self._using(wait=True) as context:
-            clone = self._library.rwkv_clone_context(
-                context, thread_count, activations=self._activations
-            )
-            model._own(self._library, clone)
+            model._own(self._library, self._library.rwkv_clone_context(context, thread_count))
         return model
 
     def free(self) -> None:

@@ -10,7 +10,8 @@ Dot products of integers are computed in float64, where their partial sums, belo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -18,8 +19,11 @@ from . import quants
 from .quants import F32, Tensor
 
 Model = Mapping[str, Tensor]
+Product = Callable[[Tensor, np.ndarray], np.ndarray]
 
 FFN_XX, ATT_XX, AA, BB, PP = range(5)
+
+STEPS = {"A16": 16255, "int8": 127}  # from zero to the largest activation of a block
 
 
 # ---- RWKV-4 ----
@@ -27,12 +31,15 @@ FFN_XX, ATT_XX, AA, BB, PP = range(5)
 
 @np.errstate(all="ignore")
 def forward(
-    model: Model, tokens: Sequence[int], state: np.ndarray | None = None
+    model: Model,
+    tokens: Sequence[int],
+    state: np.ndarray | None = None,
+    activations: str = "A16",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The logits (tokens, n_vocab) after every token, and the state after the last, in float32.
 
     There is at least one token. `state`, (n_layer, 5, n_embed) or flat, is where to go on from;
-    None is the beginning of a text. It is not changed.
+    None is the beginning of a text. It is not changed. `activations` is a key of STEPS.
     """
     n_layer = sum(key.endswith(".ln1.weight") for key in model)
     n_embed = model["emb.weight"].shape[1]
@@ -41,12 +48,13 @@ def forward(
         state[:, PP] = -1e30
     state = np.array(state, F32).reshape(n_layer, 5, n_embed)
 
+    product = partial(matmul, steps=STEPS[activations])
     x = embed(model["emb.weight"], tokens)
     x = layer_norm(x, model, "blocks.0.ln0")
     for i in range(n_layer):
-        x = x + time_mixing(layer_norm(x, model, f"blocks.{i}.ln1"), model, i, state[i])
-        x = x + channel_mixing(layer_norm(x, model, f"blocks.{i}.ln2"), model, i, state[i])
-    return matmul(model["head.weight"], layer_norm(x, model, "ln_out")), state
+        x = x + time_mixing(layer_norm(x, model, f"blocks.{i}.ln1"), model, i, state[i], product)
+        x = x + channel_mixing(layer_norm(x, model, f"blocks.{i}.ln2"), model, i, state[i], product)
+    return product(model["head.weight"], layer_norm(x, model, "ln_out")), state
 
 
 def embed(table: Tensor, tokens: Sequence[int]) -> np.ndarray:
@@ -54,10 +62,12 @@ def embed(table: Tensor, tokens: Sequence[int]) -> np.ndarray:
     return quants.dequantize(table.version, table.name, rows, table.shape[1])
 
 
-def time_mixing(x: np.ndarray, model: Model, i: int, state: np.ndarray) -> np.ndarray:
+def time_mixing(
+    x: np.ndarray, model: Model, i: int, state: np.ndarray, product: Product
+) -> np.ndarray:
     att = f"blocks.{i}.att"
     r, k, v = (
-        matmul(
+        product(
             model[f"{att}.{matrix}.weight"],
             shift(x, state[ATT_XX], model[f"{att}.time_mix_{z}"].values()),
         )
@@ -67,7 +77,7 @@ def time_mixing(x: np.ndarray, model: Model, i: int, state: np.ndarray) -> np.nd
     first = model[f"{att}.time_first"].values()
     decay = model[f"{att}.time_decay"].values()
     memory = np.stack([wkv(k[t], v[t], first, decay, state) for t in range(len(x))])
-    return matmul(model[f"{att}.output.weight"], sigmoid(r) * memory)
+    return product(model[f"{att}.output.weight"], sigmoid(r) * memory)
 
 
 def wkv(
@@ -87,14 +97,16 @@ def wkv(
     return y
 
 
-def channel_mixing(x: np.ndarray, model: Model, i: int, state: np.ndarray) -> np.ndarray:
+def channel_mixing(
+    x: np.ndarray, model: Model, i: int, state: np.ndarray, product: Product
+) -> np.ndarray:
     ffn = f"blocks.{i}.ffn"
     xk = shift(x, state[FFN_XX], model[f"{ffn}.time_mix_k"].values())
     xr = shift(x, state[FFN_XX], model[f"{ffn}.time_mix_r"].values())
     state[FFN_XX] = x[-1]
-    k = relu2(matmul(model[f"{ffn}.key.weight"], xk))
-    gate = sigmoid(matmul(model[f"{ffn}.receptance.weight"], xr))
-    return gate * matmul(model[f"{ffn}.value.weight"], k)
+    k = relu2(product(model[f"{ffn}.key.weight"], xk))
+    gate = sigmoid(product(model[f"{ffn}.receptance.weight"], xr))
+    return gate * product(model[f"{ffn}.value.weight"], k)
 
 
 # ---- vectors ----
@@ -180,10 +192,11 @@ def exp(x: np.ndarray) -> np.ndarray:
 
 
 @np.errstate(all="ignore")
-def matmul(weight: Tensor, x: np.ndarray) -> np.ndarray:
+def matmul(weight: Tensor, x: np.ndarray, steps: int) -> np.ndarray:
     """(tokens, rows): each row of x, (tokens, cols) float32, times the weight (rows, cols)."""
-    product = plain_matmul if weight.name in quants.PLAIN else quantized_matmul
-    return product(weight, x)
+    if weight.name in quants.PLAIN:
+        return plain_matmul(weight, x)
+    return quantized_matmul(weight, x, steps)
 
 
 def plain_matmul(weight: Tensor, x: np.ndarray) -> np.ndarray:
@@ -202,14 +215,14 @@ def plain_matmul(weight: Tensor, x: np.ndarray) -> np.ndarray:
     return out
 
 
-def quantized_matmul(weight: Tensor, x: np.ndarray) -> np.ndarray:
-    """Integer dots with A16 activations, one accumulator per row, block after block."""
+def quantized_matmul(weight: Tensor, x: np.ndarray, steps: int) -> np.ndarray:
+    """Integer dots with quantized activations, one accumulator per row, block after block."""
     blocks = quants.unpack(weight.version, weight.name, weight.data)
     q = blocks.q - quants.ZERO.get(weight.name, 0)
     _, n_blocks, n = q.shape
     if blocks.index is not None:
         q[np.arange(n) == blocks.index[..., None]] = 0
-    a, scales = quantize_activations(x)
+    a, scales = quantize_activations(x, steps)
     a = a.reshape(len(x), n_blocks, n)
     dots = a.transpose(1, 0, 2).astype(np.float64) @ q.transpose(1, 2, 0).astype(np.float64)
     sums = a.sum(axis=2)
@@ -230,12 +243,12 @@ def quantized_matmul(weight: Tensor, x: np.ndarray) -> np.ndarray:
 
 
 @np.errstate(all="ignore")
-def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A16: integers (tokens, blocks, 32) int64 and scales (tokens, blocks) float32."""
+def quantize_activations(x: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Integers (tokens, blocks, 32) int64 and scales (tokens, blocks) float32."""
     x = x.reshape(len(x), -1, 32)
     largest = np.max(np.abs(x), axis=2)
     finite = np.isfinite(largest)
-    d = largest / F32(16255)
+    d = largest / F32(steps)
     d = np.where(d < F32(2**-126), F32(0), d)
     usable = (finite & (d != 0))[..., None]
     a = np.where(usable, np.rint(x * (F32(1) / d)[..., None]), F32(0)).astype(np.int64)
