@@ -98,6 +98,13 @@ uint32_t ggml_cpu_detect(void) {
     return CPU_NEON | flag("hw.optional.arm.FEAT_DotProd", CPU_DOTPROD) |
            flag("hw.optional.arm.FEAT_I8MM", CPU_I8MM);
 }
+#elif defined(_WIN32)
+#include <windows.h>
+
+uint32_t ggml_cpu_detect(void) {
+    const DWORD dot_products = 43; /* PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE in newer headers */
+    return CPU_NEON | (IsProcessorFeaturePresent(dot_products) ? CPU_DOTPROD : 0);
+}
 #else
 uint32_t ggml_cpu_detect(void) {
     return CPU_NEON;

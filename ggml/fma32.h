@@ -1,13 +1,23 @@
-/* a * b + c rounded once to float, without hardware for it and without a branch. */
+/* a * b + c rounded once to float: by hardware where every CPU of the architecture has it,
+ * otherwise without it and without a branch. */
 #ifndef GGML_FMA32_H
 #define GGML_FMA32_H
 
 #include <float.h>
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 _Static_assert(FLT_EVAL_METHOD == 0 || FLT_EVAL_METHOD == 16,
                "float operations must round to float (on x86: use -mfpmath=sse)");
+
+#ifdef __ARM_FEATURE_FMA
+
+static inline float fma32(float a, float b, float c) {
+    return fmaf(a, b, c);
+}
+
+#else
 
 /* The product of two floats is exact in double. Their sum with c is rounded to odd: if double
  * cannot hold it, the last bit is set, so that the final rounding to float sees that something
@@ -28,5 +38,7 @@ static inline float fma32(float a, float b, float c) {
     memcpy(&sum, &sum_bits, sizeof sum);
     return (float)sum;
 }
+
+#endif
 
 #endif
