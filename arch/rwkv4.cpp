@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <initializer_list>
 #include <string>
 #include <utility>
 
@@ -264,6 +263,10 @@ uint64_t lay_out(Scratch & s, const Shape & shape, uint8_t * base) {
 
 namespace {
 
+constexpr size_t padded(size_t n) {
+    return (n + GGML_ROW_UNIT - 1) / GGML_ROW_UNIT * GGML_ROW_UNIT;
+}
+
 struct Forward : Pass {
     const size_t n = shape.n_embed;
 
@@ -280,9 +283,28 @@ struct Forward : Pass {
         return segment.run->state + (layer * STATE_VECTORS + v) * n;
     }
 
-    void quantize(const Weight & w, const Rows & in, size_t t) const {
+    // Calls f(first, last) for pieces of [0, count) that start where activations' blocks do.
+    template <class F> void each_piece(size_t count, F f) const {
+        team.run(count, GGML_ROW_UNIT, f);
+    }
+
+    // Elements [first, last) of a row, as input of w.
+    void quantize(const Weight & w, const Rows & in, size_t t, size_t first, size_t last) const {
         if (!ggml_type_traits(w.type)->quantized) return;
-        kernels.quantize_act(activations, in.n, in[t], in.act + t * in.act_size);
+        kernels.quantize_act(activations, last - first, in[t] + first,
+                             in.act + t * in.act_size + ggml_act_offset(first));
+    }
+
+    // out = w·in, elements [first, last) of each row.
+    void multiply(const Weight & w, const Rows & in, const Rows & out, size_t first, size_t last,
+                  size_t n_rows) const {
+        const ggml_input input = {in.x, in.n, in.act, activations, n_rows};
+        kernels.matmul[w.type](&w, &input, out.x, out.n, first, last);
+    }
+
+    void multiply(const Weight & w, const Rows & in, const Rows & out, size_t first,
+                  size_t last) const {
+        multiply(w, in, out, first, last, chunk.n_rows);
     }
 
     // Mixes xx with that of the token before, as input of w.
@@ -291,7 +313,7 @@ struct Forward : Pass {
         const Segment & in = segment(t);
         const float * before = t > in.first ? s.xx[t - 1] : state(in, layer, carried);
         kernels.lerp(n, s.xx[t], before, mix, out[t]);
-        quantize(w, out, t);
+        quantize(w, out, t, 0, n);
     }
 
     // Keeps xx of the last token for the next one.
@@ -301,37 +323,6 @@ struct Forward : Pass {
             float * to = state(segment, layer, carried);
             std::memcpy(to, s.xx[segment.last - 1], n * sizeof(float));
         }
-    }
-
-    struct Product {
-        const Weight & w;
-        const Rows & in;
-        const Rows & out;
-    };
-
-    // out = w·in for products that do not depend on each other, as one piece of work.
-    void multiply(std::initializer_list<Product> products) const {
-        multiply(products, chunk.n_rows);
-    }
-
-    void multiply(std::initializer_list<Product> products, size_t n_rows) const {
-        const auto stripes = [](const Weight & w) {
-            return (w.rows + GGML_STRIPE - 1) / GGML_STRIPE;
-        };
-        size_t total = 0;
-        for (const Product & p : products) total += stripes(p.w);
-        team.run(total, 1, [&](size_t first, size_t last) {
-            for (const Product & p : products) {
-                const size_t count = stripes(p.w);
-                if (first < count && first < last) {
-                    const ggml_input in = {p.in.x, p.in.n, p.in.act, activations, n_rows};
-                    kernels.matmul[p.w.type](&p.w, &in, p.out.x, p.out.n, first * GGML_STRIPE,
-                                             std::min(last * GGML_STRIPE, p.w.rows));
-                }
-                first -= std::min(first, count);
-                last -= std::min(last, count);
-            }
-        });
     }
 
     void embed() const {
@@ -357,11 +348,19 @@ struct Forward : Pass {
             shift(t, layer, ATT_XX, l.att_time_mix_r, l.att_receptance, s.xr);
         });
         carry(layer, ATT_XX);
-        multiply({{l.att_key, s.xk, s.k}, {l.att_value, s.xv, s.v}, {l.att_receptance, s.xr, s.r}});
-        team.run(n, 16, [&](size_t first, size_t last) { average(layer, first, last); });
-        each_row([&](size_t t) { quantize(l.att_output, s.y, t); });
-        multiply({{l.att_output, s.y, s.v}});
-        each_row([&](size_t t) { kernels.add(n, s.v[t], s.x[t]); });
+        each_piece(n, [&](size_t first, size_t last) {
+            multiply(l.att_key, s.xk, s.k, first, last);
+            multiply(l.att_value, s.xv, s.v, first, last);
+            multiply(l.att_receptance, s.xr, s.r, first, last);
+            average(layer, first, last);
+            for (size_t t = 0; t < chunk.n_rows; t++) quantize(l.att_output, s.y, t, first, last);
+        });
+        each_piece(n, [&](size_t first, size_t last) {
+            multiply(l.att_output, s.y, s.v, first, last);
+            for (size_t t = 0; t < chunk.n_rows; t++) {
+                kernels.add(last - first, s.v[t] + first, s.x[t] + first);
+            }
+        });
     }
 
     // y = σ(r)·wkv for some channels: token after token, the sum over all before it.
@@ -391,13 +390,30 @@ struct Forward : Pass {
             shift(t, layer, FFN_XX, l.ffn_time_mix_r, l.ffn_receptance, s.xr);
         });
         carry(layer, FFN_XX);
-        multiply({{l.ffn_key, s.xk, s.ffn}, {l.ffn_receptance, s.xr, s.r}});
-        each_row([&](size_t t) {
-            kernels.relu2(s.ffn.n, s.ffn[t], s.ffn[t]);
-            quantize(l.ffn_value, s.ffn, t);
+        const size_t n_ffn = shape.n_ffn, keys = padded(n_ffn);
+        each_piece(keys + n, [&](size_t first, size_t last) {
+            if (first < n_ffn) hidden(l, first, std::min(last, n_ffn));
+            if (last > keys) {
+                multiply(l.ffn_receptance, s.xr, s.r, std::max(first, keys) - keys, last - keys);
+            }
         });
-        multiply({{l.ffn_value, s.ffn, s.v}});
-        each_row([&](size_t t) { kernels.sigmoid_mul_add(n, s.r[t], s.v[t], s.x[t]); });
+        each_piece(n, [&](size_t first, size_t last) {
+            multiply(l.ffn_value, s.ffn, s.v, first, last);
+            for (size_t t = 0; t < chunk.n_rows; t++) {
+                kernels.sigmoid_mul_add(last - first, s.r[t] + first, s.v[t] + first,
+                                        s.x[t] + first);
+            }
+        });
+    }
+
+    // relu(k)² for some k
+    void hidden(const Layer & l, size_t first, size_t last) const {
+        multiply(l.ffn_key, s.xk, s.ffn, first, last);
+        for (size_t t = 0; t < chunk.n_rows; t++) {
+            float * k = s.ffn[t] + first;
+            kernels.relu2(last - first, k, k);
+            quantize(l.ffn_value, s.ffn, t, first, last);
+        }
     }
 
     void keep_hidden() const {
@@ -414,9 +430,11 @@ struct Forward : Pass {
     void head(float * hidden, size_t n_rows) const {
         const Rows in = {hidden, n, s.xk.act, s.xk.act_size};
         team.run(n_rows, 1, [&](size_t first, size_t last) {
-            for (size_t t = first; t < last; t++) quantize(weights.head, in, t);
+            for (size_t t = first; t < last; t++) quantize(weights.head, in, t, 0, n);
         });
-        multiply({{weights.head, in, s.logits}}, n_rows);
+        each_piece(shape.n_vocab, [&](size_t first, size_t last) {
+            multiply(weights.head, in, s.logits, first, last, n_rows);
+        });
     }
 };
 

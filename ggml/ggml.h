@@ -108,8 +108,11 @@ struct ggml_input {
 /* Bytes of the quantized form of a vector of cols floats (a multiple of 64). */
 size_t ggml_act_size(size_t cols);
 
+/* Where in it the elements from k on begin; k is a multiple of GGML_ROW_UNIT. */
+size_t ggml_act_offset(size_t k);
+
 /* Everything that is done fast, once per instruction set. Vectors have any length and alignment
- * (act: 64 bytes); an output may be the very same vector as an input, otherwise they do not
+ * (act: 32 bytes); an output may be the very same vector as an input, otherwise they do not
  * overlap. */
 struct ggml_kernels {
     const char * isa; /* "scalar", "avx2", … */

@@ -14,7 +14,11 @@ size_t ggml_stripes_size(enum ggml_type type, size_t rows, size_t cols) {
 }
 
 size_t ggml_act_size(size_t cols) {
-    return (cols / 32 * sizeof(struct ggml_act) + 63) / 64 * 64;
+    return (ggml_act_offset(cols) + 63) / 64 * 64;
+}
+
+size_t ggml_act_offset(size_t k) {
+    return k / 32 * sizeof(struct ggml_act);
 }
 
 static void put_scale(uint8_t * to, size_t i, float value, bool wide) {
