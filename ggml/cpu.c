@@ -42,7 +42,23 @@ static uint64_t saved_registers(void) {
 #endif
 
 static const uint32_t known = CPU_AVX | CPU_AVX2 | CPU_FMA | CPU_F16C | CPU_AVX512F | CPU_AVX512BW |
-                              CPU_AVX512DQ | CPU_AVX512VL | CPU_AVX512VNNI;
+                              CPU_AVX512DQ | CPU_AVX512VL | CPU_AVX512VNNI | CPU_AMX_INT8;
+
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Linux gives tiles, 8 KiB of registers for each thread, only to processes that ask for them
+ * (Documentation/arch/x86/xstate.rst). Threads inherit the permission. */
+static bool tiles_permitted(void) {
+    const int request_permission = 0x1023, tile_data = 18; /* ARCH_REQ_XCOMP_PERM */
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#else
+static bool tiles_permitted(void) {
+    return false;
+}
+#endif
 
 static uint32_t flag(uint32_t word, int bit, uint32_t feature) {
     return word >> bit & 1 ? feature : 0;
@@ -51,7 +67,7 @@ static uint32_t flag(uint32_t word, int bit, uint32_t feature) {
 /* A feature counts only if the operating system saves its registers (XCR0) when it switches
  * threads. */
 uint32_t ggml_cpu_detect(void) {
-    const uint64_t ymm = 0x06, zmm = 0xE6;
+    const uint64_t ymm = 0x06, zmm = 0xE6, tiles = 0x60000;
     uint32_t r[4] = {0}, leaf7[4] = {0};
     cpuid(0, r);
     uint32_t max_leaf = r[0];
@@ -68,6 +84,10 @@ uint32_t ggml_cpu_detect(void) {
         features |= CPU_AVX512F | flag(leaf7[1], 17, CPU_AVX512DQ) |
                     flag(leaf7[1], 30, CPU_AVX512BW) | flag(leaf7[1], 31, CPU_AVX512VL) |
                     flag(leaf7[2], 11, CPU_AVX512VNNI);
+    }
+    if ((leaf7[3] >> 24 & 1) && (leaf7[3] >> 25 & 1)) {
+        const bool usable = (saved & tiles) == tiles && tiles_permitted();
+        features |= usable ? CPU_AMX_INT8 : CPU_AMX_REFUSED;
     }
     return features;
 }
@@ -130,13 +150,16 @@ void ggml_cpu_describe(uint32_t features, char * text, size_t size) {
         {CPU_F16C, "F16C"},         {CPU_AVX512F, "AVX512F"},   {CPU_AVX512BW, "AVX512BW"},
         {CPU_AVX512DQ, "AVX512DQ"}, {CPU_AVX512VL, "AVX512VL"}, {CPU_AVX512VNNI, "AVX512_VNNI"},
         {CPU_NEON, "NEON"},         {CPU_DOTPROD, "DOTPROD"},   {CPU_I8MM, "I8MM"},
+        {CPU_AMX_INT8, "AMX_INT8"},
     };
     size_t used = 0;
     text[0] = 0;
     for (size_t i = 0; i < sizeof names / sizeof *names && used < size; i++) {
         if (!(names[i].feature & known)) continue;
-        used += (size_t)snprintf(text + used, size - used, "%s%s=%d", used ? " " : "",
-                                 names[i].name, (features & names[i].feature) != 0);
+        const char * value = features & names[i].feature ? "1" : "0";
+        if (names[i].feature == CPU_AMX_INT8 && (features & CPU_AMX_REFUSED)) value = "refused";
+        used += (size_t)snprintf(text + used, size - used, "%s%s=%s", used ? " " : "",
+                                 names[i].name, value);
     }
 }
 

@@ -18,12 +18,16 @@ enum {
     CPU_NEON = 1 << 9,
     CPU_DOTPROD = 1 << 10,
     CPU_I8MM = 1 << 11,
+    CPU_AMX_INT8 = 1 << 12,    /* and its tiles */
+    CPU_AMX_REFUSED = 1 << 13, /* the CPU has it, the operating system does not let us use it */
 };
 
-/* Asks the CPU; slow under a hypervisor, so kernels.c asks once. */
+/* Asks the CPU, which is slow under a hypervisor, and where it has tiles asks the system to let
+ * this process use them; so kernels.c asks once. */
 uint32_t ggml_cpu_detect(void);
 
-/* Writes "AVX=1 AVX2=1 …", the features of this architecture, to text. */
+/* Writes "AVX=1 AVX2=1 …", the features of this architecture, to text: 1, 0 or, if the operating
+ * system keeps tiles from us, "refused". */
 void ggml_cpu_describe(uint32_t features, char * text, size_t size);
 
 #endif

@@ -14,6 +14,9 @@ static const struct ggml_kernels * const levels[] = {
 #ifdef GGML_ISA_avx512
     &ggml_kernels_avx512,
 #endif
+#ifdef GGML_ISA_amx
+    &ggml_kernels_amx,
+#endif
 #ifdef GGML_ISA_neon
     &ggml_kernels_neon,
 #endif

@@ -8,7 +8,7 @@
 #include "check.h"
 #include "kernels.h"
 
-static const char * const isas[] = {"scalar", "avx2", "avx512", "neon"};
+static const char * const isas[] = {"scalar", "avx2", "avx512", "amx", "neon"};
 enum { ISAS = sizeof isas / sizeof *isas };
 
 static const struct ggml_kernels * scalar;
@@ -161,6 +161,36 @@ static void test_matmuls(const struct ggml_kernels * k) {
         }
     }
 }
+
+/* So many vectors that they are evaluated in groups and panels; rows of several panels. */
+static void test_many_vectors(const struct ggml_kernels * k) {
+    static const size_t row_counts[] = {1, 16, 50, 170}, col_counts[] = {32, 128, 160, 416};
+    for (int t = 0; t < GGML_TYPE_COUNT; t++) {
+        for (size_t n = 31; n <= 70 && k->matmul[t]; n++) {
+            for (size_t i = 0; i < 3; i++) {
+                test_matmul(k, (enum ggml_type)t, row_counts[(n + i) % 4],
+                            col_counts[(n / 4 + i) % 4], n,
+                            n % 4 == 3 ? RANDOM_BYTES : NORMAL_WEIGHTS, (enum input)i);
+            }
+        }
+    }
+}
+
+#ifdef GGML_ISA_amx
+#include "tile_emulator.h"
+
+/* Where the CPU has no tiles: nothing of kernels_amx.c needs more than them and AVX-512. */
+static void test_emulated_amx(void) {
+    struct ggml_kernels kernels = ggml_kernels_amx;
+    int before = passed + failed;
+    kernels.isa = "amx, emulated";
+    emulate_tiles();
+    test_many_vectors(&kernels);
+    printf("%s: %d checks\n", kernels.isa, passed + failed - before);
+}
+#else
+static void test_emulated_amx(void) {}
+#endif
 
 /* A row against float64 over the weights as the file holds them. An activation is off by at most
  * d/2, a block costs one rounding per step of its definition, at most of what has been summed up so
@@ -525,11 +555,15 @@ int main(int argc, char ** argv) {
         }
         int before = passed + failed;
         test_matmuls(k);
+        test_many_vectors(k);
         test_vectors(k);
         test_quantize_act(k, GGML_A16);
         test_quantize_act(k, GGML_A8);
         test_read(k);
         printf("%s: %d checks\n", isas[i], passed + failed - before);
     }
+    if (!benchmark && ggml_kernels_select("avx512", &reason) &&
+        !ggml_kernels_select("amx", &reason))
+        test_emulated_amx();
     return benchmark ? 0 : finish();
 }

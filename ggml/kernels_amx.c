@@ -1,0 +1,279 @@
+/* The arithmetic in AMX, for many vectors: tiles multiply the bytes of 16 vectors with those of a
+ * stripe's 16 rows; AVX-512 scales the sums. All that is not here is left to AVX-512.
+ *
+ * Work for 16 vectors × 16 rows × 32 columns, the count behind this plan (cycles of a core that
+ * starts one tile product every 16 cycles and two vector operations, two loads and one store of 64
+ * bytes in each):
+ *
+ *     tile products    2                                                              32 cycles
+ *     vector ports     16 × (shift, add, convert, times d, fma; one more with m)      40 to 48
+ *     loads            16 × (hi, lo, d, s) and three tiles of 16, 16 and 8 rows       52
+ *     stores           16 × 2 of sums; accumulators 4, copies of activations 5        41
+ *
+ * that is 16·16·32 multiply-adds in about 52 cycles, 5 times what two FMA units do. With GGML_A8
+ * half of the products and stores fall away. Formats with blocks of 16 fill a quarter of a tile
+ * product instead of half and scale twice as often. So that all this is done side by side, the
+ * sums are stored to memory one step before they are scaled, and the panels stay in the first-level
+ * cache. */
+#include <immintrin.h>
+
+#include "cpu.h"
+#include "kernels.h"
+#include "tiles.h"
+
+enum {
+    GROUP = 16,   /* vectors in a tile */
+    FEWEST = 32,  /* vectors that tiles are set up for */
+    VECTORS = 64, /* that share unpacked codes */
+    STRIPES = 8,  /* whose codes are unpacked together, ... */
+    BLOCKS = 4,   /* so many blocks of each */
+};
+
+/* Two pairs of sums, so that a step need not wait until the one before has been stored. */
+enum tile { HI_0, LO_0, HI_1, LO_1, ACT_HI, ACT_LO, CODES };
+
+struct sums { /* of a step: [vector][row] */
+    _Alignas(64) int32_t hi[GROUP][GGML_STRIPE];
+    _Alignas(64) int32_t lo[GROUP][GGML_STRIPE];
+};
+
+/* For steps of `size` columns, 32 or 16. */
+static void configure_tiles(unsigned size) {
+    struct tile_config config = {.palette = 1};
+    for (int tile = HI_0; tile <= LO_1; tile++) {
+        config.rows[tile] = GROUP;
+        config.colsb[tile] = 4 * GGML_STRIPE;
+    }
+    for (int tile = ACT_HI; tile <= ACT_LO; tile++) {
+        config.rows[tile] = GROUP;
+        config.colsb[tile] = (uint16_t)size;
+    }
+    config.rows[CODES] = (uint8_t)(size / 4);
+    config.colsb[CODES] = 4 * GGML_STRIPE;
+    tile_configure(&config);
+}
+
+#define MULTIPLY(sums_tile, act_tile, to)                                                          \
+    do {                                                                                           \
+        tile_zero(sums_tile);                                                                      \
+        tile_dot(sums_tile, act_tile, CODES);                                                      \
+        tile_store(sums_tile, to, 4 * GGML_STRIPE);                                                \
+    } while (0)
+
+/* Columns [k, k + size) of a block of 16 vectors times as many of a stripe. */
+GGML_INLINE void multiply(bool wide, bool odd, const struct ggml_act * acts, size_t k,
+                          const int8_t * codes, struct sums * sums) {
+    tile_load(CODES, codes, 4 * GGML_STRIPE);
+    tile_load(ACT_HI, acts->hi + k, sizeof *acts);
+    if (wide) tile_load(ACT_LO, acts->lo + k, sizeof *acts);
+    if (odd) {
+        MULTIPLY(HI_1, ACT_HI, sums->hi);
+        if (wide) MULTIPLY(LO_1, ACT_LO, sums->lo);
+    } else {
+        MULTIPLY(HI_0, ACT_HI, sums->hi);
+        if (wide) MULTIPLY(LO_0, ACT_LO, sums->lo);
+    }
+}
+
+GGML_INLINE __m512 load_scales(const uint8_t * from, bool wide) {
+    if (wide) return _mm512_loadu_ps(from);
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)from));
+}
+
+/* Codes of a stripe's block, less what means zero: [8][16 rows][4 columns], signed bytes. */
+GGML_INLINE void unpack_codes(const struct ggml_layout * layout, const uint8_t * block,
+                              const struct ggml_stripe_block * at, int8_t * codes) {
+    const __m512i zero = _mm512_set1_epi8((char)layout->zero);
+#pragma GCC unroll 8
+    for (int u = 0; u < 8; u++) {
+        __m512i q = _mm512_loadu_si512(block + at->qs + 64 * (layout->bits == 8 ? u : u / 2));
+        if (layout->bits != 8) {
+            if (u % 2) q = _mm512_srli_epi16(q, 4);
+            q = _mm512_and_si512(q, _mm512_set1_epi8(15));
+        }
+        if (layout->bits == 5) {
+            __m512i qh = _mm512_loadu_si512(block + at->qh);
+            qh = u < 4 ? _mm512_slli_epi16(qh, (unsigned)(4 - u))
+                       : _mm512_srli_epi16(qh, (unsigned)(u - 4));
+            q = _mm512_or_si512(q, _mm512_and_si512(qh, _mm512_set1_epi8(16)));
+        }
+        _mm512_store_si512(codes + 64 * u, _mm512_sub_epi8(q, zero));
+    }
+}
+
+/* acc = fma(v, x_i, acc), acc = fma(-m, a_i * d, acc) in the rows that have an outlier. */
+GGML_INLINE __m512 add_outliers(const uint8_t * block, const struct ggml_stripe_block * at,
+                                const float * x, const struct ggml_act * act, __m512 m,
+                                __m512 acc) {
+    const __m256i * a = (const __m256i *)(const void *)act->a;
+    __m512i index = _mm512_cvtepi16_epi32(
+        _mm256_loadu_si256((const __m256i *)(const void *)(block + at->index)));
+    __mmask16 has = _mm512_cmpge_epi32_mask(index, _mm512_setzero_si512());
+    /* in slot order, as the indices count */
+    __m512 x0 = _mm512_permute_ps(_mm512_loadu_ps(x), _MM_SHUFFLE(3, 1, 2, 0));
+    __m512 x1 = _mm512_permute_ps(_mm512_loadu_ps(x + 16), _MM_SHUFFLE(3, 1, 2, 0));
+    __m512 a0 = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(a)));
+    __m512 a1 = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(a + 1)));
+    __m512 a_i = _mm512_mul_ps(_mm512_permutex2var_ps(a0, index, a1), _mm512_set1_ps(act->d));
+    acc = _mm512_mask3_fmadd_ps(load_scales(block + at->outlier, false),
+                                _mm512_permutex2var_ps(x0, index, x1), acc, has);
+    return _mm512_mask3_fnmadd_ps(m, a_i, acc, has);
+}
+
+/* The step that `sums` belong to, part `part` of a stripe's block, into the accumulators. */
+GGML_INLINE void scale(enum ggml_type type, bool wide, const struct sums * sums,
+                       const uint8_t * block, size_t part, const struct ggml_act * acts,
+                       const float * const * xs, size_t column, __m512 * acc) {
+    const struct ggml_layout * layout = &ggml_layouts[type];
+    const struct ggml_stripe_block at = ggml_stripe_block(type);
+    const size_t offset = part * GGML_STRIPE * (layout->wide ? 4 : 2);
+    const __m512 d = load_scales(block + at.d + offset, layout->wide);
+    __m512 m = _mm512_setzero_ps();
+    if (layout->min) m = load_scales(block + at.m + offset, layout->wide);
+#pragma GCC unroll 16
+    for (int i = 0; i < GROUP; i++) {
+        __m512i sum = _mm512_load_si512(sums->hi[i]);
+        if (wide) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 7), _mm512_load_si512(sums->lo[i]));
+        __m512 t = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(acts[i].d));
+        acc[i] = _mm512_fmadd_ps(d, t, acc[i]);
+        if (!layout->min) continue;
+        acc[i] = _mm512_fmadd_ps(
+            m, _mm512_set1_ps(layout->size == 16 ? acts[i].s_half[part] : acts[i].s), acc[i]);
+        if (layout->outlier) acc[i] = add_outliers(block, &at, xs[i] + column, acts + i, m, acc[i]);
+    }
+}
+
+/* Rows [row, row + 16 * n_stripes) of W, as far as they are below last, times vectors [t, t + n),
+ * n up to VECTORS. `wide`: activations have two parts. */
+GGML_INLINE void panel_times(enum ggml_type type, bool wide, const struct ggml_matrix * w,
+                             const struct ggml_input * in, size_t t, size_t n, float * y,
+                             size_t ldy, size_t row, size_t n_stripes, size_t last) {
+    const struct ggml_layout * layout = &ggml_layouts[type];
+    const struct ggml_stripe_block at = ggml_stripe_block(type);
+    const size_t parts = 32u / layout->size, step_bytes = (size_t)layout->size * GGML_STRIPE;
+    const size_t stripe_size = ggml_stripe_size(type, w->cols), blocks = w->cols / 32;
+    const size_t act_size = ggml_act_size(w->cols), groups = (n + GROUP - 1) / GROUP;
+    const uint8_t * stripes = (const uint8_t *)w->data + row / GGML_STRIPE * stripe_size;
+    _Alignas(64) float accs[VECTORS / GROUP][STRIPES][GROUP][GGML_STRIPE];
+    _Alignas(64) int8_t codes[STRIPES * BLOCKS * 32 * GGML_STRIPE]; /* stripe after stripe */
+    _Alignas(64) struct ggml_act acts[BLOCKS][GROUP];
+    struct sums sums[2];
+    for (size_t b = 0; b < blocks; b += BLOCKS) {
+        const size_t count = blocks - b < BLOCKS ? blocks - b : BLOCKS;
+        const size_t steps = count * parts;
+        for (size_t s = 0; s < n_stripes; s++)
+            for (size_t i = 0; i < count; i++)
+                unpack_codes(layout, stripes + s * stripe_size + (b + i) * at.size, &at,
+                             codes + (s * count + i) * 32 * GGML_STRIPE);
+        for (size_t g = 0; g < groups; g++) {
+            /* Close together: rows of a tile that lie 4096 bytes apart push each other out of the
+             * cache. The last vector stands in for those that are missing in its group. */
+            const float * xs[GROUP];
+            for (size_t i = 0; i < GROUP; i++) {
+                const size_t j = g * GROUP + i < n ? g * GROUP + i : n - 1;
+                const struct ggml_act * act = ggml_act_of(in, t + j, act_size) + b;
+                for (size_t k = 0; k < count; k++) acts[k][i] = act[k];
+                xs[i] = in->x + (t + j) * in->ldx;
+            }
+            multiply(wide, false, acts[0], 0, codes, &sums[0]);
+            for (size_t s = 0, step = 0; s < n_stripes; s++) {
+                __m512 acc[GROUP];
+#pragma GCC unroll 16
+                for (int i = 0; i < GROUP; i++)
+                    acc[i] = b > 0 ? _mm512_load_ps(accs[g][s][i]) : _mm512_setzero_ps();
+                for (size_t u = 0; u < steps; u++, step++) {
+                    const uint8_t * block = stripes + s * stripe_size + (b + u / parts) * at.size;
+                    if (step + 1 < n_stripes * steps) {
+                        const size_t next = u + 1 < steps ? u + 1 : 0;
+                        const struct ggml_act * from = acts[next / parts];
+                        const size_t k = next % parts * 16;
+                        const int8_t * its_codes = codes + (step + 1) * step_bytes;
+                        if (step % 2) {
+                            multiply(wide, false, from, k, its_codes, &sums[0]);
+                        } else {
+                            multiply(wide, true, from, k, its_codes, &sums[1]);
+                        }
+                    }
+                    scale(type, wide, &sums[step % 2], block, u % parts, acts[u / parts], xs,
+                          32 * (b + u / parts), acc);
+                    /* what will be unpacked next, a part of it in each group and step */
+                    for (size_t line = g * parts + u % parts; 64 * line < at.size;
+                         line += groups * parts)
+                        _mm_prefetch((const char *)block + BLOCKS * at.size + 64 * line,
+                                     _MM_HINT_T1);
+                }
+#pragma GCC unroll 16
+                for (int i = 0; i < GROUP; i++) _mm512_store_ps(accs[g][s][i], acc[i]);
+            }
+        }
+    }
+    for (size_t j = 0; j < n; j++) {
+        for (size_t s = 0; s < n_stripes; s++) {
+            const size_t rest = last - row - s * GGML_STRIPE;
+            const __mmask16 rows = (__mmask16)(rest < 16 ? (1u << rest) - 1 : 0xFFFF);
+            _mm512_mask_storeu_ps(y + (t + j) * ldy + row + s * GGML_STRIPE, rows,
+                                  _mm512_load_ps(accs[j / GROUP][s][j % GROUP]));
+        }
+    }
+}
+
+GGML_INLINE void matmul_tiles(enum ggml_type type, bool wide, const struct ggml_matrix * w,
+                              const struct ggml_input * in, float * y, size_t ldy, size_t first,
+                              size_t last) {
+    configure_tiles(ggml_layouts[type].size);
+    for (size_t t = 0; t < in->n; t += VECTORS) {
+        const size_t n = in->n - t < VECTORS ? in->n - t : VECTORS;
+        for (size_t row = first; row < last; row += STRIPES * GGML_STRIPE) {
+            const size_t stripes = (last - row + GGML_STRIPE - 1) / GGML_STRIPE;
+            panel_times(type, wide, w, in, t, n, y, ldy, row, stripes < STRIPES ? stripes : STRIPES,
+                        last);
+        }
+    }
+    tile_release();
+}
+
+#define INSTANCE(TYPE)                                                                             \
+    static void matmul_##TYPE(const struct ggml_matrix * w, const struct ggml_input * in,          \
+                              float * y, size_t ldy, size_t first, size_t last) {                  \
+        if (in->n < FEWEST) {                                                                      \
+            ggml_kernels_avx512.matmul[GGML_TYPE_##TYPE](w, in, y, ldy, first, last);              \
+        } else if (in->activations == GGML_A8) {                                                   \
+            matmul_tiles(GGML_TYPE_##TYPE, false, w, in, y, ldy, first, last);                     \
+        } else {                                                                                   \
+            matmul_tiles(GGML_TYPE_##TYPE, true, w, in, y, ldy, first, last);                      \
+        }                                                                                          \
+    }
+
+INSTANCE(Q4_0_V100)
+INSTANCE(Q4_1_V100)
+INSTANCE(Q4_1_O)
+INSTANCE(Q4_2)
+INSTANCE(Q4_3)
+INSTANCE(Q4_0)
+INSTANCE(Q4_1)
+INSTANCE(Q5_0)
+INSTANCE(Q5_1)
+INSTANCE(Q8_0_V100)
+INSTANCE(Q8_0)
+
+const struct ggml_kernels ggml_kernels_amx = {
+    .isa = "amx",
+    .needs = CPU_AVX | CPU_AVX2 | CPU_FMA | CPU_F16C | CPU_AVX512F | CPU_AVX512BW | CPU_AVX512DQ |
+             CPU_AVX512VL | CPU_AVX512VNNI | CPU_AMX_INT8,
+    .matmul =
+        {
+            [GGML_TYPE_Q4_0_V100] = matmul_Q4_0_V100,
+            [GGML_TYPE_Q4_1_V100] = matmul_Q4_1_V100,
+            [GGML_TYPE_Q4_1_O] = matmul_Q4_1_O,
+            [GGML_TYPE_Q4_2] = matmul_Q4_2,
+            [GGML_TYPE_Q4_3] = matmul_Q4_3,
+            [GGML_TYPE_Q5_0_V100] = matmul_Q5_0,
+            [GGML_TYPE_Q5_1_V100] = matmul_Q5_1,
+            [GGML_TYPE_Q8_0_V100] = matmul_Q8_0_V100,
+            [GGML_TYPE_Q4_0] = matmul_Q4_0,
+            [GGML_TYPE_Q4_1] = matmul_Q4_1,
+            [GGML_TYPE_Q5_0] = matmul_Q5_0,
+            [GGML_TYPE_Q5_1] = matmul_Q5_1,
+            [GGML_TYPE_Q8_0] = matmul_Q8_0,
+        },
+};
