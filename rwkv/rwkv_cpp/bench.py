@@ -52,8 +52,9 @@ Report = Callable[[str], object]
 
 PROMPT = 256  # tokens
 BATCHES = (1, 2, 4, 8, 16)  # sequences
-REPETITIONS = 5  # that count …
-_PATIENCE = 3  # … out of at most so many times as many
+REPETITIONS = 5  # rounds that count …
+LOADINGS = 3  # … and loadings …
+_PATIENCE = 2  # … out of at most so many times as many
 QUIET = 0.01  # the share of the CPUs' time that others may take
 _SECONDS = 0.3  # that a rate is measured for at least
 _SAMPLE = 1 << 30  # bytes that show the memory's rate, unless the cache is large
@@ -224,9 +225,9 @@ class Loading(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """All about one model. layer_weights: in matrices, without embedding and head. loadings and
-    rounds (one dict per repetition, keyed by the number of threads): the first REPETITIONS
-    count."""
+    """All about one model. layer_weights: in matrices, without embedding and head. Of the loadings
+    the first LOADINGS count, of the rounds (one dict per repetition, keyed by the number of
+    threads) the first REPETITIONS."""
 
     name: str
     memory: Memory
@@ -237,7 +238,7 @@ class Result:
 
     def figures(self) -> dict[str, Any]:
         """For `--json`: bytes, seconds, rates per second, shares of 1."""
-        loadings = self.loadings[:REPETITIONS]
+        loadings = self.loadings[:LOADINGS]
         growth = max((loading.growth or 0 for loading in self.loadings), default=0)
         return {
             "name": self.name,
@@ -403,7 +404,7 @@ def measure_loading(
             arguments = library.path, path, n_threads, next(with_prompt, False), options
             return pool.apply(load_once, arguments)
 
-        return repeat(measure, lambda loading: [loading.noise], REPETITIONS)
+        return repeat(measure, lambda loading: [loading.noise], LOADINGS)
 
 
 def _leave_interrupts_to_parent() -> None:
@@ -452,26 +453,14 @@ def shape_models(
     """Models of a released size with random weights, as (name, path); each file is there until the
     next one is asked for."""
     n_layer, n_embed = SIZES[shape]
-    sizes = {
-        name: library.rwkv_estimate_shape(_N_VOCAB, n_embed, n_layer, name).file
-        for name in {"FP16", *formats}
-    }
-    base = sizes.pop("FP16")
-    with _temporary_folder(base + max(sizes.values(), default=0)) as folder:
-        report(f"{shape}: writing random weights")
-        source = folder / "FP16.bin"
-        if set(formats) != {"FP32"}:
-            write_random_model(source, FP16, _N_VOCAB, n_embed, n_layer)
+    sizes = [library.rwkv_estimate_shape(_N_VOCAB, n_embed, n_layer, name).file for name in formats]
+    with _temporary_folder(max(sizes)) as folder:
         for name in formats:
-            target = source if name == "FP16" else folder / "model.bin"
-            if name == "FP32":
-                write_random_model(target, FP32, _N_VOCAB, n_embed, n_layer)
-            elif name != "FP16":
-                report(f"{shape}: quantizing to {name}")
-                quantize_file(source, target, name, library=library)
-            yield f"{shape} {name}", target
-            if target != source:
-                target.unlink()
+            report(f"{shape} {name}: writing random weights")
+            path = folder / "model.bin"
+            write_random_model(path, name, _N_VOCAB, n_embed, n_layer, library)
+            yield f"{shape} {name}", path
+            path.unlink()
 
 
 def file_models(
@@ -492,13 +481,24 @@ def file_models(
 
 
 def write_random_model(
-    path: Path, data_type: int, n_vocab: int, n_embed: int, n_layer: int
+    path: Path,
+    format_name: str,
+    n_vocab: int,
+    n_embed: int,
+    n_layer: int,
+    library: RWKVSharedLibrary | None = None,
 ) -> None:
     """Write an RWKV-4 of this size: weights that stay finite, in a file that is no model of
-    anything. data_type: FP16 or FP32, of the matrices."""
+    anything. Matrices are in this format; embedding and head in FP16, or FP32 as all else."""
+    library = library or load_rwkv_shared_library()
+    names = [library.rwkv_get_format_name(number) for number in range(10)]
+    data_type = names.index(format_name)
+    version = 101 if library.rwkv_get_row_size(101, data_type, 32) else 100
+    table_type = FP32 if data_type == FP32 else FP16
     random = np.random.default_rng(0)
-    # Random numbers are dear; a matrix starts somewhere in these and repeats them.
-    pool = (0.02 * random.standard_normal(1 << 22, np.float32)).astype(DTYPES[data_type])
+    # Random weights are dear, and so is quantizing: a matrix starts somewhere in these and repeats
+    # them.
+    pools = {number: _random_blocks(library, names[number]) for number in {data_type, table_type}}
     sizes = {"V": n_vocab, "C": n_embed, "F": 4 * n_embed}
     vectors = {
         "time_decay": -np.exp(np.linspace(-5, 2, n_embed)),
@@ -510,15 +510,42 @@ def write_random_model(
     blocks = {
         f"blocks.{i}.{key}": dims for i in range(n_layer) for key, dims in BLOCK_TENSORS.items()
     }
-    with Writer(path, Header(101, n_vocab, n_embed, n_layer, data_type)) as writer:
+    with Writer(path, Header(version, n_vocab, n_embed, n_layer, data_type)) as writer:
         for key, dims in (TENSORS | blocks).items():
             if len(dims) == 1:
                 kind = next(kind for kind in vectors if kind in key)
                 writer.write(key, FP32, vectors[kind].astype(np.float32))
-            else:
-                shape = sizes[dims[0]], sizes[dims[1]]
-                start = int(random.integers(len(pool)))
-                writer.write(key, data_type, np.resize(np.roll(pool, -start), shape))
+                continue
+            number = table_type if key in ("emb.weight", "head.weight") else data_type
+            shape = sizes[dims[0]], sizes[dims[1]]
+            size = shape[0] * library.rwkv_get_row_size(version, number, shape[1])
+            block = library.rwkv_get_row_size(version, number, 32)
+            start = block * int(random.integers(len(pools[number]) // block))
+            writer.write_pieces(key, number, shape, _repeated(pools[number], start, size))
+
+
+def _random_blocks(library: RWKVSharedLibrary, format_name: str) -> bytes:
+    """A million random weights in this format, or more."""
+    for data_type, dtype in DTYPES.items():
+        if library.rwkv_get_format_name(data_type) == format_name:
+            weights = np.random.default_rng(1).standard_normal(1 << 22, np.float32)
+            return (0.02 * weights).astype(dtype).tobytes()
+    with tempfile.TemporaryDirectory(prefix="rwkv-bench-") as folder:  # C quantizes whole models
+        plain, quantized = Path(folder) / "plain.bin", Path(folder) / "quantized.bin"
+        write_random_model(plain, "FP16", 1, 512, 1, library)
+        quantize_file(plain, quantized, format_name, library=library)
+        _, records = read_index(quantized)
+        record = next(record for record in records if record.key == "blocks.0.ffn.key.weight")
+        return quantized.read_bytes()[record.offset : record.offset + record.nbytes]
+
+
+def _repeated(data: bytes, start: int, size: int) -> Iterator[memoryview]:
+    """So many bytes from `start` on, over and over."""
+    while size > 0:
+        piece = memoryview(data)[start : start + size]
+        yield piece
+        size -= len(piece)
+        start = 0
 
 
 # ---- The command ---------------------------------------------------------------------------------

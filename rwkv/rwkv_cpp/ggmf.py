@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +20,8 @@ import numpy as np
 from .atomic import replacing
 from .errors import RWKVFileError
 from .library import load_rwkv_shared_library
+
+Buffer = bytes | memoryview
 
 MAGIC = 0x67676D66
 VERSIONS = (100, 101)
@@ -122,7 +125,7 @@ def read_tensor(path: Path, record: Record) -> np.ndarray:
 
 
 class Writer:
-    """Writes a file of FP32 and FP16 tensors; a context manager.
+    """Writes a file of tensors; a context manager.
 
     The file appears under its name when the block ends, or not at all if it raises.
     """
@@ -153,21 +156,27 @@ class Writer:
 
     def write(self, key: str, data_type: int, array: np.ndarray) -> None:
         """Append a tensor of one or two dimensions: float32 as FP32, float16 as FP16."""
+        if DTYPES.get(data_type) != array.dtype:
+            raise ValueError(f"{key}: {array.dtype} cannot be written as data type {data_type}")
+        self.write_pieces(key, data_type, array.shape, [np.ascontiguousarray(array).data])
+
+    def write_pieces(
+        self, key: str, data_type: int, shape: tuple[int, ...], pieces: Iterable[Buffer]
+    ) -> None:
+        """Append a tensor of this type and shape, whose bytes the pieces are."""
         name = key.encode()
         if not _KEY.fullmatch(name) or key in self._keys:
             raise ValueError(f"invalid or repeated key {key!r}")
-        if DTYPES.get(data_type) != array.dtype:
-            raise ValueError(f"{key}: {array.dtype} cannot be written as data type {data_type}")
-        if array.ndim not in (1, 2) or not all(0 < n <= _MAX_DIMENSION for n in array.shape):
+        if len(shape) not in (1, 2) or not all(0 < n <= _MAX_DIMENSION for n in shape):
             raise ValueError(
                 f"{key}: expected one or two dimensions of at most {_MAX_DIMENSION}, "
-                f"got shape {array.shape}"
+                f"got shape {shape}"
             )
         self._keys.add(key)
-        shape = array.shape[::-1]
-        self._file.write(_RECORD.pack(array.ndim, len(name), data_type))
-        self._file.write(struct.pack(f"<{len(shape)}i", *shape) + name)
-        self._file.write(np.ascontiguousarray(array).data)
+        self._file.write(_RECORD.pack(len(shape), len(name), data_type))
+        self._file.write(struct.pack(f"<{len(shape)}i", *shape[::-1]) + name)
+        for piece in pieces:
+            self._file.write(piece)
 
 
 def open_regular(path: Path) -> BinaryIO:
