@@ -177,7 +177,22 @@ static void test_many_vectors(const struct ggml_kernels * k) {
 }
 
 #ifdef GGML_ISA_amx
+#include "cpu.h"
 #include "tile_emulator.h"
+
+static void test_tiles_are_described(void) {
+    static const struct {
+        uint32_t features;
+        const char * text;
+    } cases[] = {{0, "AMX_INT8=0"},
+                 {CPU_AVX512F | CPU_AMX_INT8, "AMX_INT8=1"},
+                 {CPU_AVX512F | CPU_AMX_REFUSED, "AMX_INT8=refused"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char text[200];
+        ggml_cpu_describe(cases[i].features, text, sizeof text);
+        check(strstr(text, cases[i].text) != NULL, "%s, expected %s", text, cases[i].text);
+    }
+}
 
 /* Where the CPU has no tiles: nothing of kernels_amx.c needs more than them and AVX-512. */
 static void test_emulated_amx(void) {
@@ -189,6 +204,7 @@ static void test_emulated_amx(void) {
     printf("%s: %d checks\n", kernels.isa, passed + failed - before);
 }
 #else
+static void test_tiles_are_described(void) {}
 static void test_emulated_amx(void) {}
 #endif
 
@@ -536,6 +552,7 @@ int main(int argc, char ** argv) {
     if (!benchmark) {
         test_accuracy();
         test_bad_outlier();
+        test_tiles_are_described();
         for (int t = 0; t < GGML_TYPE_COUNT; t++) test_exactness((enum ggml_type)t);
     }
     for (int t = 0; benchmark && t < GGML_TYPE_COUNT; t++)

@@ -14,8 +14,8 @@ enum { TILES = 8, ROWS = 16, ROW_BYTES = 64, CONFIG_BYTES = 64 };
 
 /* ---- Tiles ---------------------------------------------------------------------------------- */
 
-/* Of one thread. No rows: not configured. */
-static struct {
+/* Each thread has its own. No rows: not configured. */
+static _Thread_local struct {
     int rows[TILES];
     int colsb[TILES];
     uint8_t data[TILES][ROWS][ROW_BYTES];
