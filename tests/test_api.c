@@ -1007,7 +1007,7 @@ int main(void) {
     test_contexts();
     test_busy_and_interrupt();
     test_interrupt_in_the_queue();
-    test_fork();
+    if (!getenv("TEST_WITHOUT_FORK")) test_fork();
     test_floating_point_environment();
     test_quantize();
     test_progress_of_loading();

@@ -315,7 +315,7 @@ int main(void) {
     test_queue();
     test_owner();
     test_fp_environment();
-    if (CAN_FORK) {
+    if (CAN_FORK && !getenv("TEST_WITHOUT_FORK")) {
         struct ggml_pool * pool = ggml_pool_create();
         test_fork();
         if (CAN_FORK_BUSY) test_fork_while_busy();
