@@ -288,8 +288,59 @@ GGML_INLINE void rows_times(bool wide, int rows, int n, const struct ggml_matrix
             y[(t + (size_t)i) * ldy + row + (size_t)r] = sum_lanes(acc[r][i][0], acc[r][i][1]);
 }
 
+/* One vector is as fast as memory: threads read STREAMS places side by side, a few cache lines of
+ * each in turn. (Figures are at the AVX-512 kernel.) */
+enum { STREAMS = 6, TURN = 128 /* weights */ };
+
+/* n rows, a constant, that lie `distance` rows apart. */
+GGML_INLINE void streams_times(bool wide, int n, const struct ggml_matrix * w, const float * x,
+                               float * y, size_t row, size_t distance) {
+    const size_t row_size = w->cols * (wide ? 4 : 2);
+    const uint8_t * data = (const uint8_t *)w->data + row * row_size;
+    __m256 acc[STREAMS][2];
+    for (int s = 0; s < n; s++) acc[s][0] = acc[s][1] = _mm256_setzero_ps();
+    size_t k = 0;
+    for (; w->cols - k >= TURN; k += TURN) {
+#pragma GCC unroll 8
+        for (int s = 0; s < n; s++) {
+            const uint8_t * from = data + (size_t)s * distance * row_size;
+#pragma GCC unroll 16
+            for (size_t j = 0; j < TURN; j += 8)
+                acc[s][j / 8 % 2] = _mm256_fmadd_ps(load_weights(from, k + j, 8, wide),
+                                                    _mm256_loadu_ps(x + k + j), acc[s][j / 8 % 2]);
+        }
+    }
+    for (; k < w->cols; k += 16) {
+        for (size_t j = 0; j < 16 && j < w->cols - k; j += 8) {
+            const size_t rest = w->cols - k - j;
+            const __m256 xs = load(x + k + j, rest);
+            const __m256 exist = _mm256_castsi256_ps(lanes(rest));
+#pragma GCC unroll 8
+            for (int s = 0; s < n; s++) {
+                const __m256 weights =
+                    load_weights(data + (size_t)s * distance * row_size, k + j, rest, wide);
+                const __m256 sum = _mm256_fmadd_ps(weights, xs, acc[s][j / 8]);
+                acc[s][j / 8] = _mm256_blendv_ps(acc[s][j / 8], sum, exist);
+            }
+        }
+    }
+    for (int s = 0; s < n; s++) y[row + (size_t)s * distance] = sum_lanes(acc[s][0], acc[s][1]);
+}
+
+GGML_INLINE void matmul_vector(bool wide, const struct ggml_matrix * w, const float * x, float * y,
+                               size_t first, size_t last) {
+    const size_t part = (last - first) / STREAMS;
+    size_t row = first;
+    for (; row < first + part; row++) streams_times(wide, STREAMS, w, x, y, row, part);
+    for (row += part * (STREAMS - 1); row < last; row++) streams_times(wide, 1, w, x, y, row, 0);
+}
+
 GGML_INLINE void matmul_rows(bool wide, const struct ggml_matrix * w, const struct ggml_input * in,
                              float * y, size_t ldy, size_t first, size_t last) {
+    if (in->n == 1) {
+        matmul_vector(wide, w, in->x, y, first, last);
+        return;
+    }
     size_t row = first;
     for (; last - row >= 4; row += 4) {
         size_t t = 0;
