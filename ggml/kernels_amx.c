@@ -16,6 +16,7 @@
  * sums are stored to memory one step before they are scaled, and the panels stay in the first-level
  * cache. */
 #include <immintrin.h>
+#include <string.h>
 
 #include "cpu.h"
 #include "kernels.h"
@@ -23,10 +24,10 @@
 
 enum {
     GROUP = 16,   /* vectors in a tile */
-    FEWEST = 32,  /* vectors that tiles are set up for */
     VECTORS = 64, /* that share unpacked codes */
-    STRIPES = 8,  /* whose codes are unpacked together, ... */
+    STRIPES = 8,  /* whose codes are unpacked together, */
     BLOCKS = 4,   /* so many blocks of each */
+    FEWEST = 32,  /* vectors that tiles are taken for; by the count above 8 would do */
 };
 
 /* Two pairs of sums, so that a step need not wait until the one before has been stored. */
@@ -61,17 +62,17 @@ static void configure_tiles(unsigned size) {
     } while (0)
 
 /* Columns [k, k + size) of a block of 16 vectors times as many of a stripe. */
-GGML_INLINE void multiply(bool wide, bool odd, const struct ggml_act * acts, size_t k,
-                          const int8_t * codes, struct sums * sums) {
+GGML_INLINE void multiply(enum ggml_activations activations, bool odd, const struct ggml_act * acts,
+                          size_t k, const int8_t * codes, struct sums * sums) {
     tile_load(CODES, codes, 4 * GGML_STRIPE);
     tile_load(ACT_HI, acts->hi + k, sizeof *acts);
-    if (wide) tile_load(ACT_LO, acts->lo + k, sizeof *acts);
+    if (activations == GGML_A16) tile_load(ACT_LO, acts->lo + k, sizeof *acts);
     if (odd) {
         MULTIPLY(HI_1, ACT_HI, sums->hi);
-        if (wide) MULTIPLY(LO_1, ACT_LO, sums->lo);
+        if (activations == GGML_A16) MULTIPLY(LO_1, ACT_LO, sums->lo);
     } else {
         MULTIPLY(HI_0, ACT_HI, sums->hi);
-        if (wide) MULTIPLY(LO_0, ACT_LO, sums->lo);
+        if (activations == GGML_A16) MULTIPLY(LO_0, ACT_LO, sums->lo);
     }
 }
 
@@ -121,9 +122,10 @@ GGML_INLINE __m512 add_outliers(const uint8_t * block, const struct ggml_stripe_
 }
 
 /* The step that `sums` belong to, part `part` of a stripe's block, into the accumulators. */
-GGML_INLINE void scale(enum ggml_type type, bool wide, const struct sums * sums,
-                       const uint8_t * block, size_t part, const struct ggml_act * acts,
-                       const float * const * xs, size_t column, __m512 * acc) {
+GGML_INLINE void scale(enum ggml_type type, enum ggml_activations activations,
+                       const struct sums * sums, const uint8_t * block, size_t part,
+                       const struct ggml_act * acts, const float * const * xs, size_t column,
+                       __m512 * acc) {
     const struct ggml_layout * layout = &ggml_layouts[type];
     const struct ggml_stripe_block at = ggml_stripe_block(type);
     const size_t offset = part * GGML_STRIPE * (layout->wide ? 4 : 2);
@@ -133,7 +135,8 @@ GGML_INLINE void scale(enum ggml_type type, bool wide, const struct sums * sums,
 #pragma GCC unroll 16
     for (int i = 0; i < GROUP; i++) {
         __m512i sum = _mm512_load_si512(sums->hi[i]);
-        if (wide) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 7), _mm512_load_si512(sums->lo[i]));
+        if (activations == GGML_A16)
+            sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 7), _mm512_load_si512(sums->lo[i]));
         __m512 t = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(acts[i].d));
         acc[i] = _mm512_fmadd_ps(d, t, acc[i]);
         if (!layout->min) continue;
@@ -143,92 +146,128 @@ GGML_INLINE void scale(enum ggml_type type, bool wide, const struct sums * sums,
     }
 }
 
-/* Rows [row, row + 16 * n_stripes) of W, as far as they are below last, times vectors [t, t + n),
- * n up to VECTORS. `wide`: activations have two parts. */
-GGML_INLINE void panel_times(enum ggml_type type, bool wide, const struct ggml_matrix * w,
-                             const struct ggml_input * in, size_t t, size_t n, float * y,
-                             size_t ldy, size_t row, size_t n_stripes, size_t last) {
-    const struct ggml_layout * layout = &ggml_layouts[type];
-    const struct ggml_stripe_block at = ggml_stripe_block(type);
-    const size_t parts = 32u / layout->size, step_bytes = (size_t)layout->size * GGML_STRIPE;
-    const size_t stripe_size = ggml_stripe_size(type, w->cols), blocks = w->cols / 32;
-    const size_t act_size = ggml_act_size(w->cols), groups = (n + GROUP - 1) / GROUP;
-    const uint8_t * stripes = (const uint8_t *)w->data + row / GGML_STRIPE * stripe_size;
-    _Alignas(64) float accs[VECTORS / GROUP][STRIPES][GROUP][GGML_STRIPE];
-    _Alignas(64) int8_t codes[STRIPES * BLOCKS * 32 * GGML_STRIPE]; /* stripe after stripe */
+/* Up to BLOCKS blocks of up to STRIPES stripes. */
+struct panel {
+    const uint8_t * stripes; /* those blocks of the first one */
+    size_t stripe_size;
+    size_t n_stripes;
+    size_t column; /* of the first block */
+    size_t n_blocks;
+    _Alignas(64) int8_t codes[STRIPES * BLOCKS * 32 * GGML_STRIPE]; /* without gaps */
+};
+
+/* The same blocks of 16 vectors, close together: rows of a tile that lie 4096 bytes apart push each
+ * other out of the cache. */
+struct group {
     _Alignas(64) struct ggml_act acts[BLOCKS][GROUP];
-    struct sums sums[2];
-    for (size_t b = 0; b < blocks; b += BLOCKS) {
-        const size_t count = blocks - b < BLOCKS ? blocks - b : BLOCKS;
-        const size_t steps = count * parts;
-        for (size_t s = 0; s < n_stripes; s++)
-            for (size_t i = 0; i < count; i++)
-                unpack_codes(layout, stripes + s * stripe_size + (b + i) * at.size, &at,
-                             codes + (s * count + i) * 32 * GGML_STRIPE);
-        for (size_t g = 0; g < groups; g++) {
-            /* Close together: rows of a tile that lie 4096 bytes apart push each other out of the
-             * cache. The last vector stands in for those that are missing in its group. */
-            const float * xs[GROUP];
-            for (size_t i = 0; i < GROUP; i++) {
-                const size_t j = g * GROUP + i < n ? g * GROUP + i : n - 1;
-                const struct ggml_act * act = ggml_act_of(in, t + j, act_size) + b;
-                for (size_t k = 0; k < count; k++) acts[k][i] = act[k];
-                xs[i] = in->x + (t + j) * in->ldx;
-            }
-            multiply(wide, false, acts[0], 0, codes, &sums[0]);
-            for (size_t s = 0, step = 0; s < n_stripes; s++) {
-                __m512 acc[GROUP];
-#pragma GCC unroll 16
-                for (int i = 0; i < GROUP; i++)
-                    acc[i] = b > 0 ? _mm512_load_ps(accs[g][s][i]) : _mm512_setzero_ps();
-                for (size_t u = 0; u < steps; u++, step++) {
-                    const uint8_t * block = stripes + s * stripe_size + (b + u / parts) * at.size;
-                    if (step + 1 < n_stripes * steps) {
-                        const size_t next = u + 1 < steps ? u + 1 : 0;
-                        const struct ggml_act * from = acts[next / parts];
-                        const size_t k = next % parts * 16;
-                        const int8_t * its_codes = codes + (step + 1) * step_bytes;
-                        if (step % 2) {
-                            multiply(wide, false, from, k, its_codes, &sums[0]);
-                        } else {
-                            multiply(wide, true, from, k, its_codes, &sums[1]);
-                        }
-                    }
-                    scale(type, wide, &sums[step % 2], block, u % parts, acts[u / parts], xs,
-                          32 * (b + u / parts), acc);
-                    /* what will be unpacked next, a part of it in each group and step */
-                    for (size_t line = g * parts + u % parts; 64 * line < at.size;
-                         line += groups * parts)
-                        _mm_prefetch((const char *)block + BLOCKS * at.size + 64 * line,
-                                     _MM_HINT_T1);
-                }
-#pragma GCC unroll 16
-                for (int i = 0; i < GROUP; i++) _mm512_store_ps(accs[g][s][i], acc[i]);
-            }
-        }
+    const float * xs[GROUP];
+};
+
+struct accumulators {
+    _Alignas(64) float of[STRIPES][GROUP][GGML_STRIPE];
+};
+
+GGML_INLINE void unpack(enum ggml_type type, struct panel * panel) {
+    const struct ggml_stripe_block at = ggml_stripe_block(type);
+    int8_t * codes = panel->codes;
+    for (size_t s = 0; s < panel->n_stripes; s++)
+        for (size_t b = 0; b < panel->n_blocks; b++, codes += 32 * GGML_STRIPE)
+            unpack_codes(&ggml_layouts[type], panel->stripes + s * panel->stripe_size + b * at.size,
+                         &at, codes);
+}
+
+/* Vectors [t, t + 16); the last one stands in for those that do not exist. */
+GGML_INLINE void gather(const struct ggml_matrix * w, const struct ggml_input * in, size_t t,
+                        const struct panel * panel, struct group * group) {
+    for (size_t i = 0; i < GROUP; i++) {
+        const size_t vector = t + i < in->n ? t + i : in->n - 1;
+        const struct ggml_act * act = ggml_act_of(in, vector, ggml_act_size(w->cols));
+        act += panel->column / 32;
+        for (size_t b = 0; b < panel->n_blocks; b++) group->acts[b][i] = act[b];
+        group->xs[i] = in->x + vector * in->ldx;
     }
-    for (size_t j = 0; j < n; j++) {
-        for (size_t s = 0; s < n_stripes; s++) {
-            const size_t rest = last - row - s * GGML_STRIPE;
-            const __mmask16 rows = (__mmask16)(rest < 16 ? (1u << rest) - 1 : 0xFFFF);
-            _mm512_mask_storeu_ps(y + (t + j) * ldy + row + s * GGML_STRIPE, rows,
-                                  _mm512_load_ps(accs[j / GROUP][s][j % GROUP]));
+}
+
+/* The tiles work on the next step while the sums of this one are scaled. Meanwhile one of `shares`
+ * parts of the next panel is prefetched. */
+GGML_INLINE void panel_times(enum ggml_type type, enum ggml_activations activations,
+                             const struct panel * panel, const struct group * group,
+                             struct accumulators * accs, size_t share, size_t shares) {
+    const struct ggml_layout * layout = &ggml_layouts[type];
+    const size_t block_size = ggml_stripe_block(type).size;
+    const size_t parts = 32u / layout->size, step_bytes = (size_t)layout->size * GGML_STRIPE;
+    const size_t steps = panel->n_blocks * parts;
+    struct sums sums[2];
+    multiply(activations, false, group->acts[0], 0, panel->codes, &sums[0]);
+    for (size_t s = 0, step = 0; s < panel->n_stripes; s++) {
+        __m512 acc[GROUP];
+#pragma GCC unroll 16
+        for (int i = 0; i < GROUP; i++) acc[i] = _mm512_load_ps(accs->of[s][i]);
+        for (size_t u = 0; u < steps; u++, step++) {
+            const size_t next = u + 1 < steps ? u + 1 : 0;
+            const struct ggml_act * acts = group->acts[next / parts];
+            const int8_t * codes = panel->codes + (step + 1) * step_bytes;
+            if (step + 1 == steps * panel->n_stripes) {
+                /* that was the last one */
+            } else if (step % 2) {
+                multiply(activations, false, acts, next % parts * 16, codes, &sums[0]);
+            } else {
+                multiply(activations, true, acts, next % parts * 16, codes, &sums[1]);
+            }
+            const size_t b = u / parts, part = u % parts;
+            const uint8_t * block = panel->stripes + s * panel->stripe_size + b * block_size;
+            scale(type, activations, &sums[step % 2], block, part, group->acts[b], group->xs,
+                  panel->column + 32 * b, acc);
+            for (size_t line = share * parts + part; 64 * line < block_size; line += shares * parts)
+                _mm_prefetch((const char *)block + BLOCKS * block_size + 64 * line, _MM_HINT_T1);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < GROUP; i++) _mm512_store_ps(accs->of[s][i], acc[i]);
+    }
+}
+
+/* Stripes from row `row` on, as many as a panel takes, times vectors from t on, as many as share
+ * it. */
+GGML_INLINE void stripes_times(enum ggml_type type, enum ggml_activations activations,
+                               const struct ggml_matrix * w, const struct ggml_input * in, size_t t,
+                               float * y, size_t ldy, size_t row, size_t last) {
+    const size_t n = in->n - t < VECTORS ? in->n - t : VECTORS, groups = (n + GROUP - 1) / GROUP;
+    const size_t n_stripes = (last - row + GGML_STRIPE - 1) / GGML_STRIPE;
+    struct accumulators accs[VECTORS / GROUP];
+    struct panel panel;
+    struct group group;
+    memset(accs, 0, groups * sizeof *accs);
+    panel.stripe_size = ggml_stripe_size(type, w->cols);
+    panel.stripes = (const uint8_t *)w->data + row / GGML_STRIPE * panel.stripe_size;
+    panel.n_stripes = n_stripes < STRIPES ? n_stripes : STRIPES;
+    for (panel.column = 0; panel.column < w->cols; panel.column += 32 * BLOCKS) {
+        const size_t blocks = (w->cols - panel.column) / 32;
+        panel.n_blocks = blocks < BLOCKS ? blocks : BLOCKS;
+        unpack(type, &panel);
+        for (size_t g = 0; g < groups; g++) {
+            gather(w, in, t + g * GROUP, &panel, &group);
+            panel_times(type, activations, &panel, &group, &accs[g], g, groups);
+        }
+        panel.stripes += BLOCKS * ggml_stripe_block(type).size;
+    }
+    for (size_t i = 0; i < n; i++) {
+        for (size_t s = 0; s < panel.n_stripes; s++) {
+            const size_t first = row + s * GGML_STRIPE;
+            const __mmask16 rows =
+                (__mmask16)(last - first < 16 ? (1u << (last - first)) - 1 : 0xFFFF);
+            _mm512_mask_storeu_ps(y + (t + i) * ldy + first, rows,
+                                  _mm512_load_ps(accs[i / GROUP].of[s][i % GROUP]));
         }
     }
 }
 
-GGML_INLINE void matmul_tiles(enum ggml_type type, bool wide, const struct ggml_matrix * w,
-                              const struct ggml_input * in, float * y, size_t ldy, size_t first,
-                              size_t last) {
+GGML_INLINE void matmul_tiles(enum ggml_type type, enum ggml_activations activations,
+                              const struct ggml_matrix * w, const struct ggml_input * in, float * y,
+                              size_t ldy, size_t first, size_t last) {
     configure_tiles(ggml_layouts[type].size);
-    for (size_t t = 0; t < in->n; t += VECTORS) {
-        const size_t n = in->n - t < VECTORS ? in->n - t : VECTORS;
-        for (size_t row = first; row < last; row += STRIPES * GGML_STRIPE) {
-            const size_t stripes = (last - row + GGML_STRIPE - 1) / GGML_STRIPE;
-            panel_times(type, wide, w, in, t, n, y, ldy, row, stripes < STRIPES ? stripes : STRIPES,
-                        last);
-        }
-    }
+    for (size_t t = 0; t < in->n; t += VECTORS)
+        for (size_t row = first; row < last; row += STRIPES * GGML_STRIPE)
+            stripes_times(type, activations, w, in, t, y, ldy, row, last);
     tile_release();
 }
 
@@ -238,9 +277,9 @@ GGML_INLINE void matmul_tiles(enum ggml_type type, bool wide, const struct ggml_
         if (in->n < FEWEST) {                                                                      \
             ggml_kernels_avx512.matmul[GGML_TYPE_##TYPE](w, in, y, ldy, first, last);              \
         } else if (in->activations == GGML_A8) {                                                   \
-            matmul_tiles(GGML_TYPE_##TYPE, false, w, in, y, ldy, first, last);                     \
+            matmul_tiles(GGML_TYPE_##TYPE, GGML_A8, w, in, y, ldy, first, last);                   \
         } else {                                                                                   \
-            matmul_tiles(GGML_TYPE_##TYPE, true, w, in, y, ldy, first, last);                      \
+            matmul_tiles(GGML_TYPE_##TYPE, GGML_A16, w, in, y, ldy, first, last);                  \
         }                                                                                          \
     }
 
