@@ -38,7 +38,6 @@ using Clock = std::chrono::steady_clock;
 // A waiting thread keeps its processor for so long, then offers it to others, then sleeps.
 constexpr auto SPIN = std::chrono::microseconds(20);
 constexpr auto YIELD = std::chrono::microseconds(100);
-constexpr size_t PIECES_PER_THREAD = 8;
 
 std::atomic<unsigned> forks{0};  // by how many forks this process is removed from the first one
 
@@ -74,7 +73,7 @@ struct Job {
     ggml_work * work;
     void * arg;
     size_t n;
-    size_t piece;
+    size_t unit;
 };
 
 struct Worker {
@@ -149,11 +148,17 @@ bool Crew::add_worker() try {
     return false;
 }
 
+// Takes a thread's share of what is left, again and again: long pieces first, since memory is read
+// best in one go (5 % of a token's time against 8 equal pieces for each thread), and short ones
+// last, so that all threads end together.
 void Crew::take_pieces() {
-    for (;;) {
-        const size_t first = next.fetch_add(job.piece, std::memory_order_relaxed);
-        if (first >= job.n) return;
-        job.work(job.arg, first, std::min(job.n, first + job.piece));
+    size_t first = next;
+    while (first < job.n) {
+        const size_t units = (job.n - first) / (active + 1) / job.unit;
+        const size_t last = std::min(job.n, first + std::max<size_t>(units, 1) * job.unit);
+        if (!next.compare_exchange_weak(first, last)) continue;
+        job.work(job.arg, first, last);
+        first = next;
     }
 }
 
@@ -276,12 +281,9 @@ void ggml_pool_release(ggml_pool * pool) {
 void ggml_pool_run(ggml_pool * pool, ggml_work * work, void * arg, size_t n, size_t unit) {
     if (n == 0) return;
     Crew * crew = acquired_crew(pool);
-    const size_t threads = crew ? crew->active + 1 : 1;
-    if (threads == 1 || n <= unit) {
+    if (!crew || crew->active == 0 || n <= unit) {
         work(arg, 0, n);
         return;
     }
-    const size_t units = (n + unit - 1) / unit;
-    const size_t piece = std::max<size_t>(1, units / (threads * PIECES_PER_THREAD)) * unit;
-    crew->run({work, arg, n, piece});
+    crew->run({work, arg, n, unit});
 }
