@@ -7,7 +7,8 @@ something else kept the CPUs busy is measured again. The ratio is the median of 
 with a 95 % interval by bootstrap: a claim whose interval holds 1 is none.
 
 Prompts go through rwkv_eval_sequence in pieces of --chunk tokens (later versions of rwkv.cpp abort
-the process for long ones), or token by token where a library has no such function.
+the process for long ones). A library that has no such function reads a prompt as it decodes, and
+its time per token is taken for the whole prompt's.
 """
 
 import ctypes
@@ -72,12 +73,12 @@ class Model:
     def eval(self, token: int) -> None:
         self._step(self._c.rwkv_eval, c_uint32(token))
 
+    @property
+    def reads_sequences(self) -> bool:
+        return hasattr(self._c, "rwkv_eval_sequence")
+
     def read(self, tokens: list[int]) -> None:
-        function = getattr(self._c, "rwkv_eval_sequence", None)
-        if function is None:
-            for token in tokens:
-                self.eval(token)
-            return
+        function = self._c.rwkv_eval_sequence
         function.restype = c_bool
         chunk = self._chunk or len(tokens)
         for start in range(0, len(tokens), chunk):
@@ -108,10 +109,10 @@ def work(pipe: Connection, *arguments: object) -> None:
         watch = Watch()
         began = time.perf_counter()
         count, taken = 0, 0.0
-        if order == "prompt":
+        if order == "prompt" and model.reads_sequences:
             model.read(tokens)
             count, taken = PROMPT, time.perf_counter() - began
-        while taken < SECONDS and order == "decode":
+        while taken < SECONDS and count < PROMPT:
             model.eval(tokens[count % PROMPT])
             count += 1
             taken = time.perf_counter() - began
