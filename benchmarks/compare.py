@@ -108,14 +108,15 @@ def work(pipe: Connection, *arguments: object) -> None:
         time.sleep(PAUSE)
         watch = Watch()
         began = time.perf_counter()
-        count, taken = 0, 0.0
         if order == "prompt" and model.reads_sequences:
             model.read(tokens)
             count, taken = PROMPT, time.perf_counter() - began
-        while taken < SECONDS and count < PROMPT:
-            model.eval(tokens[count % PROMPT])
-            count += 1
-            taken = time.perf_counter() - began
+        else:
+            count, taken = 0, 0.0
+            while taken < SECONDS:
+                model.eval(tokens[count % PROMPT])
+                count += 1
+                taken = time.perf_counter() - began
         pipe.send(Turn(taken / count, watch.read()))
 
 
