@@ -20,6 +20,14 @@ static uint8_t code(float value, int low, int high) {
     return (uint8_t)q;
 }
 
+/* Rounded to nearest, halves away from zero: what roundf does, without a call for each weight. */
+static uint8_t nearest_code(float value, int low, int high) {
+    float clamped = value > (float)low ? (value < (float)high ? value : (float)high) : (float)low;
+    int q = (int)clamped;
+    float rest = clamped - (float)q;
+    return (uint8_t)(q + (rest >= 0.5f) - (rest <= -0.5f));
+}
+
 static float reciprocal(float d) {
     return d != 0 ? 1 / d : 0;
 }
@@ -58,7 +66,7 @@ static void encode_min(const float * x, int n, int levels, bool round, int skip,
     float id = reciprocal(block->d);
     for (int k = 0; k < n; k++) {
         float steps = (x[k] - min) * id;
-        block->q[k] = code(round ? roundf(steps) : steps + 0.5f, 0, levels);
+        block->q[k] = round ? nearest_code(steps, 0, levels) : code(steps + 0.5f, 0, levels);
     }
 }
 
@@ -66,7 +74,7 @@ void ggml_encode_q4_0_v100(const float * x, struct ggml_block * block) {
     *block = no_outlier;
     block->d = fabsf(largest(x, 32)) / 7;
     float id = reciprocal(block->d);
-    for (int k = 0; k < 32; k++) block->q[k] = code(roundf(x[k] * id) + 8, 0, 15);
+    for (int k = 0; k < 32; k++) block->q[k] = (uint8_t)(nearest_code(x[k] * id, -8, 7) + 8);
 }
 
 void ggml_encode_q4_0(const float * x, struct ggml_block * block) {
@@ -118,7 +126,7 @@ void ggml_encode_q8_0(const float * x, struct ggml_block * block) {
     *block = no_outlier;
     block->d = fabsf(largest(x, 32)) / 127;
     float id = reciprocal(block->d);
-    for (int k = 0; k < 32; k++) block->q[k] = code(roundf(x[k] * id), -128, 127);
+    for (int k = 0; k < 32; k++) block->q[k] = nearest_code(x[k] * id, -128, 127);
 }
 
 /* The nearest level in -8..7, ties to even; adding 1.5 * 2^23 leaves no room for a fraction. */
