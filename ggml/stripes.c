@@ -2,7 +2,6 @@
  * from. */
 #include <string.h>
 
-#include "fp16.h"
 #include "kernels.h"
 
 size_t ggml_stripe_size(enum ggml_type type, size_t cols) {
@@ -21,84 +20,106 @@ size_t ggml_act_offset(size_t k) {
     return k / 32 * sizeof(struct ggml_act);
 }
 
-static void put_scale(uint8_t * to, size_t i, float value, bool wide) {
-    uint16_t h = fp32_to_fp16(value);
-    if (wide) {
-        memcpy(to + i * sizeof value, &value, sizeof value);
+/* Copies a field of 2 or 4 bytes from the blocks of `rows` rows, `stride` bytes apart, to lanes of
+ * their own; returns where the next field begins. */
+static const uint8_t * copy_field(const uint8_t * from, size_t stride, size_t rows, size_t size,
+                                  uint8_t * to) {
+    if (size == 4) {
+        for (size_t row = 0; row < rows; row++) memcpy(to + 4 * row, from + row * stride, 4);
     } else {
-        memcpy(to + i * sizeof h, &h, sizeof h);
+        for (size_t row = 0; row < rows; row++) memcpy(to + 2 * row, from + row * stride, 2);
+    }
+    return from + size;
+}
+
+/* Exchanges the bits under the mask with those `distance` places above them. */
+static uint32_t exchange(uint32_t x, int distance, uint32_t mask) {
+    const uint32_t differences = (x ^ x >> distance) & mask;
+    return x ^ differences ^ differences << distance;
+}
+
+/* The nibbles of 32 weights, four words of each row: from the file's order (0, 1, 2, …; split: 0,
+ * 16, 1, 17, …) to that of stripes (0, 4, 1, 5, 2, 6, 3, 7, 8, …). Compilers do several rows at
+ * once, here and below. */
+static void order_nibbles(bool split, uint32_t qs[4][GGML_STRIPE]) {
+    const uint32_t low = 0x0F0F0F0F, high = 0xF0F0F0F0;
+    for (int row = 0; row < GGML_STRIPE; row++) {
+        const uint32_t w[4] = {qs[0][row], qs[1][row], qs[2][row], qs[3][row]};
+        if (split) {
+            qs[0][row] = (w[0] & low) | (w[1] << 4 & high);
+            qs[1][row] = (w[2] & low) | (w[3] << 4 & high);
+            qs[2][row] = (w[0] >> 4 & low) | (w[1] & high);
+            qs[3][row] = (w[2] >> 4 & low) | (w[3] & high);
+        } else {
+            for (int j = 0; j < 4; j++)
+                qs[j][row] = exchange(exchange(w[j], 8, 0x0000FF00), 4, 0x00F000F0);
+        }
     }
 }
 
-/* Adds the codes of a block to lane `row`, four or eight at a time (little-endian, as the files).
+/* Bit k goes to 8 * (k % 4) + k / 4: the five digits of a place are rotated by two, pair by pair.
  */
-static void put_codes(const struct ggml_layout * layout, const struct ggml_stripe_block * at,
-                      const uint8_t * q, int k0, int row, uint8_t * to) {
-    uint32_t * qs = (uint32_t *)(void *)(to + at->qs) + row;
-    if (layout->bits == 8) {
-        for (int u = 0; u < 8; u++) memcpy(qs + u * GGML_STRIPE, q + 4 * u, 4);
-        return;
-    }
-    for (int j = 0; j < layout->size / 8; j++) {
-        uint32_t low, high;
-        memcpy(&low, q + 8 * j, sizeof low);
-        memcpy(&high, q + 8 * j + 4, sizeof high);
-        qs[(k0 / 8 + j) * GGML_STRIPE] = (low & 0x0F0F0F0F) | (high & 0x0F0F0F0F) << 4;
-    }
-    if (layout->bits == 5) {
-        uint32_t fifth = 0;
-        for (int u = 0; u < 8; u++) {
-            uint32_t codes;
-            memcpy(&codes, q + 4 * u, sizeof codes);
-            fifth |= (codes >> 4 & 0x01010101) << u;
-        }
-        memcpy(to + at->qh + (size_t)(4 * row), &fifth, sizeof fifth);
+static void order_fifth_bits(uint32_t qh[GGML_STRIPE]) {
+    for (int row = 0; row < GGML_STRIPE; row++) {
+        const uint32_t x = exchange(exchange(qh[row], 14, 0x0000CCCC), 7, 0x00AA00AA);
+        qh[row] = exchange(exchange(x, 2, 0x0C0C0C0C), 1, 0x22222222);
     }
 }
 
-/* Writes a file block that starts at weight k0 (0 or 16) of lane `row` into a stripe's block. */
-static void put_block(const struct ggml_layout * layout, const struct ggml_stripe_block * at,
-                      struct ggml_block * block, int k0, int row, uint8_t * to) {
-    size_t scale = (size_t)(k0 / 16 * GGML_STRIPE + row);
-    put_scale(to + at->d, scale, block->d, layout->wide);
-    if (layout->min) put_scale(to + at->m, scale, block->m, layout->wide);
-    if (layout->outlier) {
-        uint16_t index = GGML_NO_OUTLIER;
-        if (ggml_block_has_outlier(block)) {
-            block->q[block->index] = 0;
-            index = (uint16_t)ggml_slot(block->index);
-        }
-        memcpy(to + at->index + 2 * (size_t)row, &index, sizeof index);
-        put_scale(to + at->outlier, (size_t)row, block->outlier, false);
+/* From a column to its slot, and the codes of outliers to 0. Returns the first row whose index is
+ * none that a writer makes, or `rows`. */
+static size_t order_outliers(size_t rows, uint16_t index[GGML_STRIPE],
+                             const uint16_t outlier[GGML_STRIPE], uint32_t qs[4][GGML_STRIPE]) {
+    for (size_t row = 0; row < rows; row++) {
+        const int k = index[row];
+        if (k == GGML_NO_OUTLIER && (outlier[row] & 0x7FFF) == 0) continue; /* 0 or -0 */
+        if (k >= 32) return row;
+        qs[k / 8][row] &= ~(15u << (8 * (k % 4) + k % 8 / 4 * 4));
+        index[row] = (uint16_t)ggml_slot(k);
     }
-    put_codes(layout, at, block->q, k0, row, to);
+    return rows;
 }
 
 bool ggml_pack_stripes(enum ggml_type type, size_t rows, size_t cols, const void * src, void * dst,
                        size_t first, size_t last, size_t * bad_block) {
     const struct ggml_layout * layout = &ggml_layouts[type];
     const struct ggml_stripe_block at = ggml_stripe_block(type);
-    const size_t block_bytes = ggml_type_traits(type)->block_bytes;
-    const size_t blocks = cols / layout->size;
-    const size_t stripe_size = ggml_stripe_size(type, cols);
-    for (size_t stripe = first; stripe < last; stripe += GGML_STRIPE) {
-        uint8_t * to = (uint8_t *)dst + stripe / GGML_STRIPE * stripe_size;
-        memset(to, 0, stripe_size);
-        for (size_t b = 0; b < blocks; b++) {
-            const int k0 = (int)(b * layout->size % 32);
-            uint8_t * stripe_block = to + b * layout->size / 32 * at.size;
-            if (layout->outlier) memset(stripe_block + at.index, 0xFF, 2 * GGML_STRIPE);
-            for (size_t row = stripe; row < stripe + GGML_STRIPE && row < rows; row++) {
-                struct ggml_block block;
-                const size_t number = row * blocks + b;
-                ggml_block_unpack(type, (const uint8_t *)src + number * block_bytes, &block);
-                if (layout->outlier && ggml_block_has_outlier(&block) && block.index >= 32) {
-                    *bad_block = number;
-                    return false;
-                }
-                put_block(layout, &at, &block, k0, (int)(row - stripe), stripe_block);
+    const size_t block_size = ggml_type_traits(type)->block_bytes;
+    const size_t row_size = ggml_row_size(type, cols), stripe_size = ggml_stripe_size(type, cols);
+    const size_t scale = layout->wide ? 4 : 2, parts = 32u / layout->size;
+    const size_t words = (size_t)layout->size * (layout->bits == 8 ? 8 : 4) / 32;
+    for (; first < last; first += GGML_STRIPE) {
+        const uint8_t * from = (const uint8_t *)src + first * row_size;
+        uint8_t * block = (uint8_t *)dst + first / GGML_STRIPE * stripe_size;
+        uint8_t * end = block + stripe_size;
+        const size_t present = rows - first < GGML_STRIPE ? rows - first : GGML_STRIPE;
+        for (size_t k = 0; k < cols; k += 32, block += at.size) {
+            uint32_t (*qs)[GGML_STRIPE] = (uint32_t (*)[GGML_STRIPE])(void *)(block + at.qs);
+            uint16_t * index = (uint16_t *)(void *)(block + at.index);
+            if (present < GGML_STRIPE) memset(block, 0, at.size);
+            if (layout->outlier) memset(index, 0xFF, 2 * GGML_STRIPE);
+            for (size_t part = 0; part < parts; part++, from += block_size) {
+                const size_t lanes = part * scale * GGML_STRIPE;
+                const uint8_t * field = from;
+#define COPY(SIZE, TO) field = copy_field(field, row_size, present, SIZE, TO)
+                COPY(scale, block + at.d + lanes);
+                if (layout->min) COPY(scale, block + at.m + lanes);
+                if (layout->outlier) COPY(2, block + at.index);
+                if (layout->outlier) COPY(2, block + at.outlier);
+                if (layout->bits == 5) COPY(4, block + at.qh);
+                for (size_t j = 0; j < words; j++) COPY(4, (uint8_t *)qs[part * words + j]);
+#undef COPY
             }
+            if (layout->bits < 8) order_nibbles(layout->split, qs);
+            if (layout->bits == 5) order_fifth_bits((uint32_t *)(void *)(block + at.qh));
+            if (!layout->outlier) continue;
+            const size_t bad = order_outliers(
+                present, index, (const uint16_t *)(const void *)(block + at.outlier), qs);
+            if (bad == present) continue;
+            *bad_block = ((first + bad) * cols + k) / 32;
+            return false;
         }
+        memset(block, 0, (size_t)(end - block));
     }
     return true;
 }
