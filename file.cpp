@@ -246,6 +246,16 @@ void Mapping::prefault(uint64_t offset, uint64_t n) const {
     if (n > 0) (void)*(const volatile uint8_t *)(data_ + offset + n - 1);
 }
 
+void prefer_huge_pages(void * data, uint64_t n) {
+#if defined(__linux__)
+    if (n < uint64_t(2) << 20) return;                      // not even one
+    const uintptr_t first = (uintptr_t)data / 4096 * 4096;  // advice begins at a page
+    madvise((void *)first, (size_t)((uintptr_t)data - first + n), MADV_HUGEPAGE);
+#else
+    (void)data, (void)n;
+#endif
+}
+
 // ---- Replacing ----------------------------------------------------------------------------------
 
 // Is `name` a temporary of `target` (`.NAME.PID-RANDOM.tmp`) whose process is gone?

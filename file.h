@@ -1,4 +1,5 @@
-/* file.h: what the core needs of the operating system: reading, mapping and replacing files.
+/* file.h: what the core needs of the operating system: reading, mapping and replacing files,
+ * and pages of memory.
  *
  * Everything throws Error with the path and the system's reason. Paths are UTF-8 on Windows and any
  * bytes elsewhere. */
@@ -48,6 +49,10 @@ class Mapping {
     const uint8_t * data_ = nullptr;
     uint64_t size_ = 0;
 };
+
+/* Asks for huge pages under memory that has not been written yet, where the system has them:
+ * looking small ones up costs a decoding thread a quarter of its speed. */
+void prefer_huge_pages(void * data, uint64_t n);
 
 /* A file that appears, or replaces an older one, at commit() and complete, or not at all. Until
  * then its bytes go to `.NAME.PID-RANDOM.tmp` in the same folder, which the destructor removes;

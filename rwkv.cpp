@@ -105,6 +105,7 @@ class Buffer {
                  (unsigned long long)n);
         }
         size_ = n;
+        prefer_huge_pages(data_.get(), n);
     }
     uint8_t * data() const { return data_.get(); }
     uint64_t size() const { return size_; }
