@@ -68,6 +68,7 @@ void ggml_dequantize_row(enum ggml_type type, const void * row, float * x, size_
 /* ---- Matrices ------------------------------------------------------------------------------- */
 
 #define GGML_STRIPE 16 /* rows that are interleaved in a stripe of a quantized matrix */
+#define GGML_TILE 512  /* rows whose columns lie together in a copy by columns */
 
 /* rows × cols weights, y = W·x. FP32 and FP16: rows as they lie in the file, at any address.
  * Quantized: stripes made by ggml_pack_stripes, at a multiple of 64 bytes. */
@@ -76,6 +77,8 @@ struct ggml_matrix {
     size_t rows;
     size_t cols;
     const void * data;
+    const void * columns; /* the same weights made by ggml_pack_columns, at a multiple of 64 bytes;
+                             NULL: there is no such copy */
 };
 
 /* Bytes of one stripe (a multiple of 64), and of the ceil(rows / 16) stripes of a matrix. */
@@ -89,6 +92,16 @@ size_t ggml_stripes_size(enum ggml_type type, size_t rows, size_t cols);
  */
 bool ggml_pack_stripes(enum ggml_type type, size_t rows, size_t cols, const void * src, void * dst,
                        size_t first, size_t last, size_t * bad_block);
+
+/* A copy by columns, from which a vector with many zeros is multiplied faster: the columns that
+ * meet zeros are not read. All weights have to be finite. Bytes of the copy; 0: not for this type.
+ */
+size_t ggml_columns_size(enum ggml_type type, size_t rows, size_t cols);
+
+/* Copies rows [first, last) of a matrix of `rows` rows; first is a multiple of 32, last too or
+ * rows. A matrix may also be copied in parts of whole tiles, each as a matrix of its own. */
+void ggml_pack_columns(enum ggml_type type, size_t rows, size_t cols, const void * src, void * dst,
+                       size_t first, size_t last);
 
 /* ---- Kernels -------------------------------------------------------------------------------- */
 
@@ -127,6 +140,11 @@ struct ggml_kernels {
     void (*matmul[GGML_TYPE_COUNT])(const struct ggml_matrix * w, const struct ggml_input * in,
                                     float * y, size_t ldy, size_t first, size_t last);
 
+    /* y[r] = W[r]·x in the same way, from W's columns where x is not zero; but where that is -0,
+     * all columns may be needed to tell. NULL where ggml_columns_size is 0. */
+    void (*sparse[GGML_TYPE_COUNT])(const struct ggml_matrix * w, const float * x, float * y,
+                                    size_t first, size_t last);
+
     void (*layer_norm)(size_t n, const float * x, const float * w, const float * b, float * y);
     void (*lerp)(size_t n, const float * x, const float * prev, const float * mix, float * y);
     void (*exp)(size_t n, const float * x, float * y);
@@ -153,6 +171,13 @@ struct ggml_kernels {
 /* The strongest level this CPU and its operating system allow, or the one called `isa` if that is
  * not NULL. NULL if there is no such level here; *reason (static text) then says why. */
 const struct ggml_kernels * ggml_kernels_select(const char * isa, const char ** reason);
+
+/* What kernels->matmul is for; skips columns where the matrix and the input allow it. */
+void ggml_multiply(const struct ggml_kernels * kernels, const struct ggml_matrix * w,
+                   const struct ggml_input * in, float * y, size_t ldy, size_t first, size_t last);
+
+/* Of how many rows, at least, the parts should be that a matrix is multiplied with n vectors in. */
+size_t ggml_row_unit(const struct ggml_matrix * w, size_t n);
 
 /* "AVX=1 AVX2=1 …": what this CPU offers, static text. */
 const char * ggml_cpu_features(void);

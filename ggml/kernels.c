@@ -1,6 +1,7 @@
 /* Chooses kernels: lays the levels that this CPU can run over each other, weakest first. */
 #include "kernels.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "cpu.h"
@@ -35,6 +36,7 @@ static void lay_over(struct ggml_kernels * table, const struct ggml_kernels * le
     table->isa = level->isa;
     table->needs |= level->needs;
     for (int type = 0; type < GGML_TYPE_COUNT; type++) TAKE(matmul[type]);
+    for (int type = 0; type < GGML_TYPE_COUNT; type++) TAKE(sparse[type]);
     TAKE(quantize_act);
     TAKE(layer_norm);
     TAKE(lerp);
@@ -76,4 +78,29 @@ const struct ggml_kernels * ggml_kernels_select(const char * isa, const char ** 
 const char * ggml_cpu_features(void) {
     ggml_once(init);
     return features_text;
+}
+
+static bool is_minus_zero(float y) {
+    return y == 0 && signbit(y);
+}
+
+void ggml_multiply(const struct ggml_kernels * kernels, const struct ggml_matrix * w,
+                   const struct ggml_input * in, float * y, size_t ldy, size_t first, size_t last) {
+    if (!w->columns || in->n != 1) {
+        kernels->matmul[w->type](w, in, y, ldy, first, last);
+        return;
+    }
+    kernels->sparse[w->type](w, in->x, y, first, last);
+    for (size_t row = first; row < last; row += GGML_STRIPE) {
+        const size_t end = last - row < GGML_STRIPE ? last : row + GGML_STRIPE;
+        for (size_t r = row; r < end; r++) {
+            if (!is_minus_zero(y[r])) continue;
+            kernels->matmul[w->type](w, in, y, ldy, row, end);
+            break;
+        }
+    }
+}
+
+size_t ggml_row_unit(const struct ggml_matrix * w, size_t n) {
+    return w->columns && n == 1 ? GGML_TILE : GGML_ROW_UNIT;
 }

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "columns.h"
 #include "cpu.h"
 #include "kernels.h"
 
@@ -369,6 +370,25 @@ static void matmul_FP16(const struct ggml_matrix * w, const struct ggml_input * 
     matmul_rows(false, w, in, y, ldy, first, last);
 }
 
+/* Rows 32 at a time: a cache line of halves, two of floats. */
+GGML_INLINE void add_columns(bool wide, int n, const uint8_t * const * columns,
+                             const uint8_t * const * ahead, const float * x, size_t rows,
+                             float * sums) {
+    __m256 xs[4];
+    for (int i = 0; i < n; i++) xs[i] = _mm256_set1_ps(x[i]);
+    for (size_t r = 0; r < rows; r += 8) {
+        __m256 acc = _mm256_load_ps(sums + r);
+        for (int i = 0; i < n; i++) {
+            if (r % (wide ? 16 : 32) == 0)
+                _mm_prefetch((const char *)ahead[i] + r * (wide ? 4 : 2), _MM_HINT_T0);
+            acc = _mm256_fmadd_ps(load_weights(columns[i], r, 8, wide), xs[i], acc);
+        }
+        _mm256_store_ps(sums + r, acc);
+    }
+}
+
+GGML_COLUMNS_INSTANCES
+
 /* ---- Vectors -------------------------------------------------------------------------------- */
 
 GGML_INLINE __m256i sum_pairs(__m256i a) {
@@ -648,6 +668,7 @@ const struct ggml_kernels ggml_kernels_avx2 = {
             [GGML_TYPE_Q5_1] = matmul_Q5_1,
             [GGML_TYPE_Q8_0] = matmul_Q8_0,
         },
+    .sparse = {[GGML_TYPE_FP32] = sparse_FP32, [GGML_TYPE_FP16] = sparse_FP16},
     .layer_norm = layer_norm,
     .lerp = lerp,
     .exp = exp_vector,

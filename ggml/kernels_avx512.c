@@ -5,6 +5,7 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "columns.h"
 #include "cpu.h"
 #include "kernels.h"
 
@@ -360,6 +361,25 @@ static void matmul_FP16(const struct ggml_matrix * w, const struct ggml_input * 
     matmul_rows(false, w, in, y, ldy, first, last);
 }
 
+/* Rows 32 at a time: a cache line of halves, two of floats. */
+GGML_INLINE void add_columns(bool wide, int n, const uint8_t * const * columns,
+                             const uint8_t * const * ahead, const float * x, size_t rows,
+                             float * sums) {
+    __m512 xs[4];
+    for (int i = 0; i < n; i++) xs[i] = _mm512_set1_ps(x[i]);
+    for (size_t r = 0; r < rows; r += 16) {
+        __m512 acc = _mm512_load_ps(sums + r);
+        for (int i = 0; i < n; i++) {
+            if (wide || r % 32 == 0)
+                _mm_prefetch((const char *)ahead[i] + r * (wide ? 4 : 2), _MM_HINT_T0);
+            acc = _mm512_fmadd_ps(load_weights(columns[i], r, 16, wide), xs[i], acc);
+        }
+        _mm512_store_ps(sums + r, acc);
+    }
+}
+
+GGML_COLUMNS_INSTANCES
+
 /* ---- Vectors -------------------------------------------------------------------------------- */
 
 static void quantize_act(enum ggml_activations activations, size_t n, const float * x,
@@ -592,6 +612,7 @@ const struct ggml_kernels ggml_kernels_avx512 = {
             [GGML_TYPE_Q5_1] = matmul_Q5_1,
             [GGML_TYPE_Q8_0] = matmul_Q8_0,
         },
+    .sparse = {[GGML_TYPE_FP32] = sparse_FP32, [GGML_TYPE_FP16] = sparse_FP16},
     .layer_norm = layer_norm,
     .lerp = lerp,
     .exp = exp_vector,

@@ -3,6 +3,7 @@
  * a sum, so that a compiler can use whatever vectors the baseline has. */
 #include <math.h>
 
+#include "columns.h"
 #include "fma32.h"
 #include "fp16.h"
 #include "kernels.h"
@@ -148,6 +149,22 @@ static void matmul_FP16(const struct ggml_matrix * w, const struct ggml_input * 
                         size_t ldy, size_t first, size_t last) {
     matmul_rows(false, w, in, y, ldy, first, last);
 }
+
+GGML_INLINE void add_columns(bool wide, int n, const uint8_t * const * columns,
+                             const uint8_t * const * ahead, const float * x, size_t rows,
+                             float * sums) {
+    (void)ahead; /* plain C has no prefetch */
+    for (size_t r = 0; r < rows; r += LANES) {
+        for (int i = 0; i < n; i++) {
+            float weights[LANES], xs[LANES];
+            load_scales(columns[i] + r * (wide ? 4 : 2), wide, weights);
+            for (int j = 0; j < LANES; j++) xs[j] = x[i];
+            fma_lanes(weights, xs, sums + r);
+        }
+    }
+}
+
+GGML_COLUMNS_INSTANCES
 
 #define INSTANCE(TYPE)                                                                             \
     static void matmul_##TYPE(const struct ggml_matrix * w, const struct ggml_input * in,          \
@@ -354,6 +371,7 @@ const struct ggml_kernels ggml_kernels_scalar = {
             [GGML_TYPE_Q5_1] = matmul_Q5_1,
             [GGML_TYPE_Q8_0] = matmul_Q8_0,
         },
+    .sparse = {[GGML_TYPE_FP32] = sparse_FP32, [GGML_TYPE_FP16] = sparse_FP16},
     .layer_norm = layer_norm,
     .lerp = lerp,
     .exp = exp_vector,
