@@ -155,9 +155,20 @@ uint64_t private_size(const Tensor & tensor, ggml_type type, bool mmap) {
     return is_vector(tensor) || !mmap ? tensor.size : 0;
 }
 
+// Bytes of a tensor's copy by columns; 0: it has none.
+uint64_t columns_size(const Index & index, const Tensor & tensor,
+                      const rwkv_load_options & options) {
+    if (!options.sparse_ffn || !meets_zeros(tensor)) return 0;
+    const uint64_t size = ggml_columns_size(tensor.type, tensor.rows, tensor.cols);
+    if (size > 0) return size;
+    fail(RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED,
+         "%s: tensor '%s' is %s, sparse_ffn is for FP32 and FP16 (leave it out)",
+         index.path.c_str(), tensor.name.c_str(), type_name(tensor.type));
+}
+
 struct Sizes {
     uint64_t arena, mapped;
-    uint64_t token;  // of both, what every token reads
+    uint64_t token;  // of both, what every token reads if no zeros are left out
 };
 
 Sizes sizes_of(const Index & index, const rwkv_load_options & options) {
@@ -166,7 +177,7 @@ Sizes sizes_of(const Index & index, const rwkv_load_options & options) {
         if (!is_needed(tensor)) continue;
         const ggml_type type = memory_type(index, tensor, options.head);
         const uint64_t size = private_size(tensor, type, options.mmap);
-        sizes.arena += aligned(size);
+        sizes.arena += aligned(size) + aligned(columns_size(index, tensor, options));
         if (size == 0) sizes.mapped += tensor.size;
         if (kind_of(tensor) != EMBEDDING) sizes.token += size > 0 ? size : tensor.size;
     }
@@ -198,6 +209,21 @@ void pack(const InputFile & file, const Tensor & tensor, ggml_type type, const T
              (unsigned long long)(blocks_before + bad_block.get()), type_name(tensor.type));
     };
     each_slab(file, tensor, GGML_STRIPE, progress, pack_slab);
+}
+
+// Copies a tensor by columns, the same way.
+void pack_columns(const InputFile & file, const Tensor & tensor, const Team & team,
+                  const Progress & progress, uint8_t * columns) {
+    const size_t row_size = ggml_row_size(tensor.type, tensor.cols);
+    RowConverter check(file, tensor, tensor.type, team, "load without sparse_ffn");
+    const auto pack_slab = [&](size_t first_row, size_t rows, const uint8_t * bytes) {
+        check(first_row, rows, bytes);
+        team.run(rows, GGML_ROW_UNIT, [&](size_t first, size_t last) {
+            ggml_pack_columns(tensor.type, tensor.rows, tensor.cols, bytes + first * row_size,
+                              columns, first_row + first, first_row + last);
+        });
+    };
+    each_slab(file, tensor, GGML_ROW_UNIT, progress, pack_slab);
 }
 
 const ggml_kernels * select_kernels() {
@@ -232,7 +258,8 @@ std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & o
         const ggml_type type = memory_type(index, tensor, options.head);
         const uint64_t size = private_size(tensor, type, options.mmap);
         const uint8_t * data = size > 0 ? next : model->mapping.data() + tensor.offset;
-        weight_of(model->weights, tensor) = {{type, tensor.rows, tensor.cols, data}};
+        Weight & weight = weight_of(model->weights, tensor);
+        weight = {{type, tensor.rows, tensor.cols, data, nullptr}};
         if (is_packed(tensor, type)) {
             pack(file, tensor, type, team, progress, next);
         } else if (size > 0) {
@@ -241,6 +268,11 @@ std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & o
             model->mapping.prefault(tensor.offset, tensor.size);
         }
         next += aligned(size);
+        if (const uint64_t extra = columns_size(index, tensor, options)) {
+            pack_columns(file, tensor, team, progress, next);
+            weight.columns = next;
+            next += aligned(extra);
+        }
         progress(tensor.offset + tensor.size);
     }
     return model;
@@ -525,7 +557,6 @@ ggml_activations find_activations(const char * name, ggml_activations otherwise)
 rwkv_load_options checked_options(const rwkv_load_options * given) {
     const auto options = known_options(given, rwkv_default_load_options(), "rwkv_load_options");
     checked_threads(options.n_threads);
-    refuse(options.sparse_ffn, "sparse_ffn");
     find_activations(options.activations, GGML_A16);
     return options;
 }

@@ -109,10 +109,12 @@ struct rwkv_load_options {
     bool mmap;          /* FP32 and FP16 matrices stay in the mapped file (do not overwrite it while
                            it is loaded); false: all is read into private memory. Default true */
     bool prefault;      /* read mapped pages now rather than with the first token. Default false */
-    bool sparse_ffn;    /* must be false: not offered yet */
-    const char * head;  /* "Q4_0" … "Q8_0": an FP32 or FP16 head is quantized while it is loaded, as
-                           rwkv_quantize_file does it, in the newest version's layout. NULL: as it
-                           is in the file */
+    bool sparse_ffn;   /* FP32 and FP16: a second copy of each ffn.value.weight, by columns, so that
+                          a token alone does not read those that its hidden layer has zeros for;
+                          same bits. All weights there have to be finite. Default false */
+    const char * head; /* "Q4_0" … "Q8_0": an FP32 or FP16 head is quantized while it is loaded, as
+                          rwkv_quantize_file does it, in the newest version's layout. NULL: as it
+                          is in the file */
     const char * activations; /* of the context: how vectors are rounded that meet quantized
                                  matrices. NULL or "A16": to 15 bits and a sign. "int8": to 7, which
                                  reads prompts faster and is less exact */
@@ -159,7 +161,7 @@ struct rwkv_memory {
     uint64_t weights; /* private memory of the model: vectors, repacked matrices */
     uint64_t scratch; /* private memory of one context, once prompts of 256 tokens have been read */
     uint64_t state;   /* one state */
-    uint64_t token;   /* what every token reads of the weights; since 1001 */
+    uint64_t token;   /* what every token reads of the weights (sparse_ffn: at most); since 1001 */
 };
 
 /* Fills *memory (size set by the caller) from the file's table of tensors, without the weights. */

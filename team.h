@@ -40,7 +40,8 @@ class Team {
     Team(const Pool & pool, unsigned n_threads, F while_waiting)
         : pool_(n_threads > 1 ? pool.get() : nullptr) {
         const unsigned patience = 10; /* ms */
-        while (pool_ != nullptr && ggml_pool_try_acquire(pool_, n_threads, patience) == 0) {
+        while (pool_ != nullptr &&
+               (size_ = ggml_pool_try_acquire(pool_, n_threads, patience)) == 0) {
             while_waiting();
         }
         saved_ = ggml_fp_enter();
@@ -53,6 +54,8 @@ class Team {
     Team(const Team &) = delete;
     Team & operator=(const Team &) = delete;
 
+    size_t size() const { return size_; } /* the calling thread included */
+
     /* Calls f(first, last) for pieces of [0, n) that are multiples of `unit`; f throws nothing. */
     template <class F> void run(size_t n, size_t unit, F f) const {
         const auto work = [](void * arg, size_t first, size_t last) { (*(F *)arg)(first, last); };
@@ -61,6 +64,7 @@ class Team {
 
   private:
     ggml_pool * pool_;
+    size_t size_ = 1;
     uint64_t saved_;
 };
 

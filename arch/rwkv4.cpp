@@ -66,6 +66,10 @@ bool is_vector(const Tensor & tensor) {
     return tensor.slot->rows == nullptr;
 }
 
+bool meets_zeros(const Tensor & tensor) {
+    return tensor.slot->cols == FFN;
+}
+
 bool is_needed(const Tensor & tensor) {
     return tensor.slot->kind != FIRST_VECTOR || tensor.layer == 0;
 }
@@ -299,7 +303,7 @@ struct Forward : Pass {
     void multiply(const Weight & w, const Rows & in, const Rows & out, size_t first, size_t last,
                   size_t n_rows) const {
         const ggml_input input = {in.x, in.n, in.act, activations, n_rows};
-        kernels.matmul[w.type](&w, &input, out.x, out.n, first, last);
+        ggml_multiply(&kernels, &w, &input, out.x, out.n, first, last);
     }
 
     void multiply(const Weight & w, const Rows & in, const Rows & out, size_t first,
@@ -397,7 +401,8 @@ struct Forward : Pass {
                 multiply(l.ffn_receptance, s.xr, s.r, std::max(first, keys) - keys, last - keys);
             }
         });
-        each_piece(n, [&](size_t first, size_t last) {
+        const size_t unit = ggml_row_unit(&l.ffn_value, chunk.n_rows, team.size());
+        team.run(n, unit, [&](size_t first, size_t last) {
             multiply(l.ffn_value, s.ffn, s.v, first, last);
             for (size_t t = 0; t < chunk.n_rows; t++) {
                 kernels.sigmoid_mul_add(last - first, s.r[t] + first, s.v[t] + first,

@@ -39,6 +39,7 @@ Index imagine_index(size_t n_vocab, size_t n_embed, size_t n_layer, ggml_type ty
 /* Of a tensor of those: */
 Kind kind_of(const Tensor & tensor);
 bool is_vector(const Tensor & tensor);
+bool meets_zeros(const Tensor & tensor); /* a matrix that is applied to relu(k)² */
 bool is_needed(const Tensor & tensor);
 Weight & weight_of(Weights & weights, const Tensor & tensor); /* weights.layers: there already */
 

@@ -1,9 +1,10 @@
 /* A matrix by columns times a vector, those that meet a zero left out: what all instruction sets
  * share of it.
  *
- * The copy is cut into tiles of GGML_TILE rows. In a tile a column's rows lie side by side; the
- * columns come lane after lane of the sums that define the result (README.md): k = 0, 16, 32, …,
- * then 1, 17, 33, … So a lane's sum is one walk forward over what its x_k leave of the tile.
+ * In the copy the rows of a column lie side by side; the columns come lane after lane of the sums
+ * that define the result (README.md): k = 0, 16, 32, …, then 1, 17, 33, … So a lane's sum is one
+ * walk forward over what its x_k leave. Pieces of columns should be long, 2 KiB or more: what
+ * lies behind a shorter one, hardware fetches in vain.
  *
  * Left out are terms of ±0, as all weights are finite. They change nothing, except a sum that is
  * -0, which only underflow can make: whoever finds a result of -0 has to compute that row in full.
@@ -15,13 +16,12 @@
 
 #include "kernels.h"
 
-/* Where the rows of the tile that `row` is in end; the last tile is filled up to 32 rows. */
-GGML_INLINE size_t ggml_tile_end(size_t rows, size_t row) {
-    const size_t end = row / GGML_TILE * GGML_TILE + GGML_TILE;
-    return end < rows ? end : (rows + 31) / 32 * 32;
+/* Bytes from one column to the next: rows are filled up to 32. */
+GGML_INLINE size_t ggml_column_size(size_t rows, bool wide) {
+    return (rows + 31) / 32 * 32 * (wide ? 4 : 2);
 }
 
-/* The place of column k among the `cols` of a tile. */
+/* The place of column k among all. */
 GGML_INLINE size_t ggml_column(size_t cols, size_t k) {
     const size_t lane = k % 16, longer = cols % 16; /* the first lanes have a column more */
     return lane * (cols / 16) + (lane < longer ? lane : longer) + k / 16;
@@ -61,15 +61,17 @@ typedef void ggml_add_columns(bool wide, int n, const uint8_t * const * columns,
                               const uint8_t * const * ahead, const float * x, size_t rows,
                               float * sums);
 
-/* Rows [first, last) of a tile that begins at row `tile`. */
-GGML_INLINE void ggml_tile_times(bool wide, ggml_add_columns * add, const struct ggml_matrix * w,
-                                 const float * x, float * y, size_t tile, size_t first,
-                                 size_t last) {
-    _Alignas(64) float sums[16][GGML_TILE];
+enum { GGML_COLUMN_ROWS = 1024 /* rows that are summed up at a time */ };
+
+/* Rows [first, last), at most so many. */
+GGML_INLINE void ggml_some_rows_times(bool wide, ggml_add_columns * add,
+                                      const struct ggml_matrix * w, const float * x, float * y,
+                                      size_t first, size_t last) {
+    _Alignas(64) float sums[16][GGML_COLUMN_ROWS];
     struct ggml_nonzeros found;
-    const size_t size = wide ? 4 : 2, rows = (last - first + 15) / 16 * 16;
-    const size_t column_size = (ggml_tile_end(w->rows, tile) - tile) * size;
-    const uint8_t * data = (const uint8_t *)w->columns + (tile * w->cols + (first - tile)) * size;
+    const size_t rows = (last - first + 15) / 16 * 16;
+    const size_t column_size = ggml_column_size(w->rows, wide);
+    const uint8_t * data = (const uint8_t *)w->columns + first * (wide ? 4 : 2);
     for (int lane = 0; lane < 16; lane++) memset(sums[lane], 0, rows * sizeof **sums);
     for (size_t k = 0; k < w->cols; k += GGML_COLUMNS) {
         const size_t left = w->cols - k;
@@ -78,18 +80,17 @@ GGML_INLINE void ggml_tile_times(bool wide, ggml_add_columns * add, const struct
         for (int lane = 0; lane < 16; lane++) {
             while (i < found.end[lane]) {
                 const uint8_t *columns[4], *ahead[4];
-                const int n = found.end[lane] - i >= 4 ? 4 : 1;
-                for (int j = 0; j < n; j++) {
-                    columns[j] = data + found.column[i + (size_t)j] * column_size;
-                    ahead[j] =
-                        data + found.column[i + (size_t)j + GGML_COLUMNS_AHEAD] * column_size;
+                const size_t n = found.end[lane] - i >= 4 ? 4 : 1;
+                for (size_t j = 0; j < n; j++) {
+                    columns[j] = data + found.column[i + j] * column_size;
+                    ahead[j] = data + found.column[i + j + GGML_COLUMNS_AHEAD] * column_size;
                 }
                 if (n == 4) {
                     add(wide, 4, columns, ahead, found.x + i, rows, sums[lane]);
                 } else {
                     add(wide, 1, columns, ahead, found.x + i, rows, sums[lane]);
                 }
-                i += (size_t)n;
+                i += n;
             }
         }
     }
@@ -101,12 +102,9 @@ GGML_INLINE void ggml_tile_times(bool wide, ggml_add_columns * add, const struct
 
 GGML_INLINE void ggml_columns_times(bool wide, ggml_add_columns * add, const struct ggml_matrix * w,
                                     const float * x, float * y, size_t first, size_t last) {
-    while (first < last) {
-        const size_t tile = first / GGML_TILE * GGML_TILE;
-        const size_t end = last - tile < GGML_TILE ? last : tile + GGML_TILE;
-        ggml_tile_times(wide, add, w, x, y, tile, first, end);
-        first = end;
-    }
+    for (; last - first > GGML_COLUMN_ROWS; first += GGML_COLUMN_ROWS)
+        ggml_some_rows_times(wide, add, w, x, y, first, first + GGML_COLUMN_ROWS);
+    if (first < last) ggml_some_rows_times(wide, add, w, x, y, first, last);
 }
 
 /* The entries of a level that has add_columns. */

@@ -68,7 +68,6 @@ void ggml_dequantize_row(enum ggml_type type, const void * row, float * x, size_
 /* ---- Matrices ------------------------------------------------------------------------------- */
 
 #define GGML_STRIPE 16 /* rows that are interleaved in a stripe of a quantized matrix */
-#define GGML_TILE 512  /* rows whose columns lie together in a copy by columns */
 
 /* rows × cols weights, y = W·x. FP32 and FP16: rows as they lie in the file, at any address.
  * Quantized: stripes made by ggml_pack_stripes, at a multiple of 64 bytes. */
@@ -99,7 +98,7 @@ bool ggml_pack_stripes(enum ggml_type type, size_t rows, size_t cols, const void
 size_t ggml_columns_size(enum ggml_type type, size_t rows, size_t cols);
 
 /* Copies rows [first, last) of a matrix of `rows` rows; first is a multiple of 32, last too or
- * rows. A matrix may also be copied in parts of whole tiles, each as a matrix of its own. */
+ * rows. `src` is row `first`, `dst` the whole copy. */
 void ggml_pack_columns(enum ggml_type type, size_t rows, size_t cols, const void * src, void * dst,
                        size_t first, size_t last);
 
@@ -176,8 +175,8 @@ const struct ggml_kernels * ggml_kernels_select(const char * isa, const char ** 
 void ggml_multiply(const struct ggml_kernels * kernels, const struct ggml_matrix * w,
                    const struct ggml_input * in, float * y, size_t ldy, size_t first, size_t last);
 
-/* Of how many rows, at least, the parts should be that a matrix is multiplied with n vectors in. */
-size_t ggml_row_unit(const struct ggml_matrix * w, size_t n);
+/* Of how many rows the parts should be that n_threads multiply a matrix with n vectors in. */
+size_t ggml_row_unit(const struct ggml_matrix * w, size_t n, size_t n_threads);
 
 /* "AVX=1 AVX2=1 …": what this CPU offers, static text. */
 const char * ggml_cpu_features(void);

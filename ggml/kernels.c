@@ -101,6 +101,8 @@ void ggml_multiply(const struct ggml_kernels * kernels, const struct ggml_matrix
     }
 }
 
-size_t ggml_row_unit(const struct ggml_matrix * w, size_t n) {
-    return w->columns && n == 1 ? GGML_TILE : GGML_ROW_UNIT;
+size_t ggml_row_unit(const struct ggml_matrix * w, size_t n, size_t n_threads) {
+    if (!w->columns || n != 1) return GGML_ROW_UNIT;
+    const size_t share = (w->rows + n_threads - 1) / n_threads; /* long pieces of columns */
+    return (share + GGML_ROW_UNIT - 1) / GGML_ROW_UNIT * GGML_ROW_UNIT;
 }

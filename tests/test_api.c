@@ -271,8 +271,9 @@ static void test_options(void) {
             "unknown format 'FP16' (choose from Q4_0,", "head");
     options = rwkv_default_load_options();
     options.sparse_ffn = true;
-    refused(rwkv_load(model_path, &options), RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED,
-            "not offered", "sparse_ffn");
+    ctx = rwkv_load(model_path, &options);
+    check(ctx != NULL, "sparse_ffn");
+    rwkv_free(ctx);
     options = rwkv_default_load_options();
     options.activations = "A17\x1b[2J";
     refused(rwkv_load(model_path, &options), RWKV_ERROR_ARGS, "A17\\x1b[2J", "activations");
@@ -799,13 +800,15 @@ static void test_progress_of_loading(void) {
 }
 
 static void test_estimate(void) {
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < 8; i++) {
         struct rwkv_load_options options = rwkv_default_load_options();
         options.mmap = i % 2;
-        options.head = i < 4 ? NULL : "Q8_0";
+        options.head = i / 2 == 2 ? "Q8_0" : NULL;
         if (i == 2) check(rwkv_quantize_model_file(model_path, output_path, "Q4_1_O"), "quantize");
-        const char * path = i < 2 ? model_path : output_path;
-        struct rwkv_memory memory = {.size = sizeof memory};
+        const char * path = i / 2 % 3 == 0 ? model_path : output_path;
+        struct rwkv_memory memory = {.size = sizeof memory}, dense = memory;
+        check(rwkv_estimate(path, &options, &dense), "estimate");
+        options.sparse_ffn = i / 2 == 3;
         check(rwkv_estimate(path, &options, &memory), "estimate: %s",
               rwkv_get_last_error_message());
         struct stat status;
@@ -819,7 +822,10 @@ static void test_estimate(void) {
         check(taken == memory.weights + memory.scratch, "%zu bytes taken, %zu and %zu estimated",
               taken, (size_t)memory.weights, (size_t)memory.scratch);
         check((memory.mapped > 0) == options.mmap, "%zu bytes mapped", (size_t)memory.mapped);
-        const size_t loaded = memory.mapped + memory.weights, embedding = N_VOCAB * N_EMBED * 4;
+        const size_t columns = options.sparse_ffn ? N_LAYER * N_FFN * N_EMBED * 4 : 0;
+        check(memory.weights == dense.weights + columns, "%zu bytes of columns",
+              (size_t)(memory.weights - dense.weights));
+        const size_t loaded = memory.mapped + dense.weights, embedding = N_VOCAB * N_EMBED * 4;
         const size_t padding = 64 * 100; /* of its tensors */
         check(memory.token <= loaded - embedding && memory.token >= loaded - embedding - padding,
               "%zu bytes read by a token", (size_t)memory.token);

@@ -158,6 +158,26 @@ def test_every_way_gives_the_same_bits(tmp_path, tensors, monkeypatch, version, 
     assert {None, "scalar"} <= levels_run
 
 
+@pytest.mark.parametrize("name", quants.PLAIN)
+def test_leaving_zeros_out_changes_no_bits(tmp_path, tensors, monkeypatch, name):
+    path, wide = tmp_path / "model.bin", tmp_path / "wide.bin"
+    write_model(path, tensors, name)
+    write_model(wide, random_model(5, N_VOCAB, n_embed=1088, n_layer=1, n_ffn=70), name)
+    with RWKVModel(None, path, 1) as model, RWKVModel(None, wide, 1) as wide_model:
+        expected, wide_expected = evaluate(model, TOKENS[:40]), evaluate(wide_model, TOKENS[:1])
+    for level in LEVELS:
+        monkeypatch.setenv("RWKV_ISA", level)
+        for threads, mmap in ((1, True), (2, False), (3, True)):
+            options = {"mmap": mmap, "sparse_ffn": True}
+            try:
+                model = RWKVModel(None, path, threads, **options)
+            except RuntimeError:
+                break  # this CPU has no such level
+            with model, RWKVModel(None, wide, threads, **options) as wide_model:
+                check_all_ways(model, TOKENS[:40], *expected)
+                assert_same_bits(wide_model.eval(TOKENS[0], None)[0], wide_expected[0][0])
+
+
 def check_all_ways(model, tokens, all_logits, last_state):
     state = None
     for token, expected in zip(tokens[:9], all_logits, strict=False):

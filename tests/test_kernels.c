@@ -78,6 +78,7 @@ static struct problem make_problem(enum ggml_type type, size_t rows, size_t cols
     p.w.rows = rows;
     p.w.cols = cols;
     p.w.data = p.file;
+    p.w.columns = NULL;
     if (info->quantized) {
         size_t bad = 0, middle = rows / 2 / 16 * 16;
         p.stripes = allocate_aligned(ggml_stripes_size(type, rows, cols));
@@ -267,6 +268,76 @@ static void test_bad_outlier(void) {
         file[b * 24 + 7] = 0;
     }
     free(stripes);
+}
+
+/* ---- Columns -------------------------------------------------------------------------------- */
+
+static uint8_t * make_columns(struct problem * p) {
+    const size_t rows = p->w.rows, cols = p->w.cols;
+    uint8_t * columns = allocate_aligned(ggml_columns_size(p->w.type, rows, cols));
+    const size_t middle = rows / 2 / 32 * 32;
+    ggml_pack_columns(p->w.type, rows, cols, p->file, columns, 0, middle);
+    ggml_pack_columns(p->w.type, rows, cols, p->file + middle * ggml_row_size(p->w.type, cols),
+                      columns, middle, rows);
+    p->w.columns = columns;
+    return columns;
+}
+
+/* Leaving zeros out gives the bits of the whole sum, all rows or in two parts. */
+static void check_sparse(const struct ggml_kernels * k, struct problem * p, size_t middle,
+                         const char * what) {
+    const size_t rows = p->w.rows;
+    float * expected = (float *)allocate(rows * sizeof *expected);
+    float * y = (float *)allocate(rows * sizeof *y);
+    scalar->matmul[p->w.type](&p->w, &p->in, expected, rows, 0, rows);
+    ggml_multiply(k, &p->w, &p->in, y, rows, 0, middle);
+    ggml_multiply(k, &p->w, &p->in, y, rows, middle, rows);
+    size_t wrong = 0;
+    while (wrong < rows && same(y[wrong], expected[wrong])) wrong++;
+    check(wrong == rows, "%s: sparse %s %zu x %zu, %s: row %zu is %a, expected %a", k->isa,
+          ggml_type_traits(p->w.type)->name, rows, p->w.cols, what, wrong,
+          wrong < rows ? y[wrong] : 0, wrong < rows ? expected[wrong] : 0);
+    free(expected);
+    free(y);
+}
+
+static void test_sparse(const struct ggml_kernels * k, enum ggml_type type) {
+    static const size_t sizes[][2] = {{1, 1},   {16, 16},   {17, 15},   {50, 33},
+                                      {96, 64}, {530, 100}, {1100, 48}, {20, 8225}};
+    static const uint32_t percents[] = {0, 30, 75, 95, 100};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        for (size_t j = 0; j < sizeof percents / sizeof *percents; j++) {
+            for (int input = NORMAL_INPUT; input <= SPECIALS; input++) {
+                const size_t rows = sizes[i][0], cols = sizes[i][1];
+                struct problem p =
+                    make_problem(type, rows, cols, 1, NORMAL_WEIGHTS, (enum input)input);
+                for (size_t c = 0; c < cols; c++)
+                    if (random_below(100) < percents[j]) p.x[c] = random_below(2) ? 0.0f : -0.0f;
+                uint8_t * columns = make_columns(&p);
+                check_sparse(k, &p, rows / 2 / 16 * 16, "random");
+                free(columns);
+                free_problem(&p);
+            }
+        }
+    }
+    check(ggml_columns_size(GGML_TYPE_Q4_0, 32, 32) == 0, "no columns of Q4_0");
+}
+
+/* Products that underflow to -0 before zeros that would make it +0, or would not. */
+static void test_sparse_minus_zero(const struct ggml_kernels * k) {
+    enum { ROWS = 40, COLS = 32 };
+    struct problem p = make_problem(GGML_TYPE_FP32, ROWS, COLS, 1, NORMAL_WEIGHTS, NORMAL_INPUT);
+    for (int r = 0; r < ROWS; r++) {
+        for (int c = 0; c < COLS; c++) {
+            float w = c < 16 || r % 2 ? -0.1f : 0.1f;
+            memcpy(p.file + 4 * (r * COLS + c), &w, sizeof w);
+        }
+    }
+    for (int c = 0; c < COLS; c++) p.x[c] = c < 16 ? 1e-45f : 0;
+    uint8_t * columns = make_columns(&p);
+    check_sparse(k, &p, 16, "minus zero");
+    free(columns);
+    free_problem(&p);
 }
 
 /* ---- Vectors -------------------------------------------------------------------------------- */
@@ -573,6 +644,9 @@ int main(int argc, char ** argv) {
         int before = passed + failed;
         test_matmuls(k);
         test_many_vectors(k);
+        test_sparse(k, GGML_TYPE_FP32);
+        test_sparse(k, GGML_TYPE_FP16);
+        test_sparse_minus_zero(k);
         test_vectors(k);
         test_quantize_act(k, GGML_A16);
         test_quantize_act(k, GGML_A8);

@@ -672,6 +672,28 @@ def test_activations(tmp_path):
         assert np.array_equal(fast.clone(2).eval(1, None)[0], in_8_bits)
 
 
+def test_models_that_zeros_cannot_be_left_out_of(tmp_path):
+    path, tensors = tmp_path / "model.bin", random_model(1, n_vocab=50, n_embed=64, n_layer=2)
+
+    def refused(error, text):
+        with pytest.raises(error, match=text):
+            RWKVModel(None, path, 1, sparse_ffn=True)
+
+    write_model(path, tensors, types={"blocks.1.ffn.value.weight": "Q4_1"})
+    refused(ValueError, r"'blocks\.1\.ffn\.value\.weight' is Q4_1, sparse_ffn is for FP32 and FP16")
+    with pytest.raises(ValueError, match="sparse_ffn is for FP32 and FP16"):
+        load_rwkv_shared_library().rwkv_estimate(path, sparse_ffn=True)
+    tensors["blocks.0.ffn.key.weight"][0, 0] = np.inf
+    write_model(path, tensors, "FP16")
+    RWKVModel(None, path, 1, sparse_ffn=True).free()
+    for bad in (np.inf, np.nan):
+        tensors["blocks.1.ffn.value.weight"][63, 5] = bad
+        for name in ("FP16", "FP32"):
+            write_model(path, tensors, name)
+            refused(RWKVFileError, r"'blocks\.1\.ffn\.value\.weight': weight \[63, 5\] is NaN")
+            RWKVModel(None, path, 1).free()
+
+
 def test_exit_with_live_models(path):
     code = """
 import sys, threading

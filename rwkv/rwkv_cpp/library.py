@@ -413,6 +413,7 @@ class RWKVSharedLibrary:
         *,
         mmap: bool = True,
         prefault: bool = False,
+        sparse_ffn: bool = False,
         head: str | None = None,
         activations: str | None = None,
         progress: Progress | None = None,
@@ -424,6 +425,7 @@ class RWKVSharedLibrary:
             n_threads=_n_threads(thread_count),
             mmap=mmap,
             prefault=prefault,
+            sparse_ffn=sparse_ffn,
             head=_text(head),
             activations=_text(activations),
             progress=monitor.callback,
@@ -455,12 +457,15 @@ class RWKVSharedLibrary:
         path: FilePath,
         *,
         mmap: bool = True,
+        sparse_ffn: bool = False,
         head: str | None = None,
         activations: str | None = None,
     ) -> Memory:
         """What loading the model at `path` takes, from its table of tensors."""
         memory = _Memory()
-        options = _LoadOptions(mmap=mmap, head=_text(head), activations=_text(activations))
+        options = _LoadOptions(
+            mmap=mmap, sparse_ffn=sparse_ffn, head=_text(head), activations=_text(activations)
+        )
         encoded = _path(path)
         self._check(self._c.rwkv_estimate(encoded, ctypes.byref(options), ctypes.byref(memory)))
         return Memory(*(getattr(memory, name) for name in Memory._fields))
@@ -473,12 +478,15 @@ class RWKVSharedLibrary:
         format_name: str,
         *,
         mmap: bool = True,
+        sparse_ffn: bool = False,
         head: str | None = None,
         activations: str | None = None,
     ) -> Memory:
         """The same for a model of these sizes that is not there."""
         memory = _Memory()
-        options = _LoadOptions(mmap=mmap, head=_text(head), activations=_text(activations))
+        options = _LoadOptions(
+            mmap=mmap, sparse_ffn=sparse_ffn, head=_text(head), activations=_text(activations)
+        )
         self._check(
             self._c.rwkv_estimate_shape(
                 n_vocab,
