@@ -11,48 +11,159 @@
 
 /* ---- Quantized matrices --------------------------------------------------------------------- */
 
+/* Codes of 4 and 5 bits are multiplied as bytes with an activation's high and low part (vpmaddubsw,
+ * u8 × s8): 16 products of 4 bits (15 * 127 * 16 < 2^15) or 8 of 5 bits fit in an int16, so the
+ * sums are exact. Codes of 8 bits are multiplied as 16-bit numbers with the whole activation
+ * (vpmaddwd).
+ */
+
+enum {
+    MOST = 16,   /* vectors that share an unpacked block */
+    AHEAD = 1024 /* bytes from what is read to what is prefetched */
+};
+
+/* A block of a stripe, unpacked for several vectors. */
+struct unpacked {
+    __m256i codes[16][2]; /* [step][half]: a lane has 4 bytes of its row, or 2 words */
+    __m256 d[2][2];       /* [part][half] */
+    __m256 m[2][2];
+};
+
+/* 32 bytes of a block, at register i of a field. */
+GGML_INLINE __m256i load_bytes(const uint8_t * field, int i) {
+    return _mm256_loadu_si256((const __m256i *)(const void *)field + i);
+}
+
 /* 8 scales, rows [8 * half, 8 * half + 8) of the stripe. */
 GGML_INLINE __m256 load_scales(const uint8_t * from, int half, bool wide) {
     if (wide) return _mm256_loadu_ps((const float *)(const void *)from + 8 * half);
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)from + half));
 }
 
-/* Bytes of weights 4u..4u+3, u in 0..7, of 8 rows: one row per 32-bit lane. */
-GGML_INLINE __m256i load_codes(const struct ggml_layout * layout, const uint8_t * qs, __m256i qh,
-                               int u, int half) {
-    const __m256i * from = (const __m256i *)(const void *)qs;
-    if (layout->bits == 8) return _mm256_loadu_si256(from + 2 * u + half);
-    __m256i codes = _mm256_loadu_si256(from + 2 * (u / 2) + half);
-    if (u % 2) codes = _mm256_srli_epi16(codes, 4);
+/* Codes of 8 rows, one row per 32-bit lane. A step is four bytes, weights 4 * step .. 4 * step + 3;
+ * of 8-bit codes it is two words, weights 4u and 4u + 2 if step = 2u, 4u + 1 and 4u + 3 if it is
+ * 2u + 1. `step` is even and `odd` a constant; bit 4 + odd of `fifth` is the step's. */
+GGML_INLINE __m256i load_codes(enum ggml_type type, const uint8_t * block, __m256i fifth, int step,
+                               int odd, int half) {
+    const struct ggml_layout * layout = &ggml_layouts[type];
+    __m256i codes = load_bytes(block + ggml_stripe_block(type).qs, step + half);
+    if (layout->bits == 8) return _mm256_srai_epi16(odd ? codes : _mm256_slli_epi16(codes, 8), 8);
+    if (odd) codes = _mm256_srli_epi16(codes, 4);
     codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));
-    if (layout->bits == 5) {
-        __m256i fifth = u < 4 ? _mm256_slli_epi16(qh, 4 - u) : _mm256_srli_epi16(qh, u - 4);
-        codes = _mm256_or_si256(codes, _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
+    if (layout->bits == 4) return codes;
+    if (odd) fifth = _mm256_srli_epi16(fifth, 1);
+    return _mm256_or_si256(codes, _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
+}
+
+/* The fifth bits as load_codes wants them for steps first (0 or 4) and first + 1; shifted to the
+ * right by 2, for the next two. */
+GGML_INLINE __m256i load_fifth(enum ggml_type type, const uint8_t * block, int first, int half) {
+    if (ggml_layouts[type].bits != 5) return _mm256_setzero_si256();
+    const __m256i bits = load_bytes(block + ggml_stripe_block(type).qh, half);
+    return first == 0 ? _mm256_slli_epi16(bits, 4) : bits;
+}
+
+GGML_INLINE void unpack(enum ggml_type type, const uint8_t * block, struct unpacked * to) {
+    const struct ggml_layout * layout = &ggml_layouts[type];
+    const struct ggml_stripe_block at = ggml_stripe_block(type);
+    for (int half = 0; half < 2; half++) {
+        for (int first = 0; first < (layout->bits == 8 ? 16 : 8); first += 4) {
+            __m256i fifth = load_fifth(type, block, first, half);
+            for (int step = first; step < first + 4; step += 2) {
+                to->codes[step][half] = load_codes(type, block, fifth, step, 0, half);
+                to->codes[step + 1][half] = load_codes(type, block, fifth, step, 1, half);
+                fifth = _mm256_srli_epi16(fifth, 2);
+            }
+        }
+        for (int part = 0; part < 32 / layout->size; part++) {
+            const size_t scale = (size_t)part * GGML_STRIPE * (layout->wide ? 4 : 2);
+            to->d[part][half] = load_scales(block + at.d + scale, half, layout->wide);
+            if (layout->min)
+                to->m[part][half] = load_scales(block + at.m + scale, half, layout->wide);
+        }
     }
-    return codes;
 }
 
-/* Bytes 0 and 2, or 1 and 3, of each lane as 16-bit numbers. */
-GGML_INLINE __m256i even_bytes(const struct ggml_layout * layout, __m256i codes) {
-    if (layout->bits == 8) return _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8);
-    return _mm256_and_si256(codes, _mm256_set1_epi16(255));
+/* Four bytes in every lane. */
+GGML_INLINE __m256i broadcast(const void * from) {
+    int32_t four;
+    memcpy(&four, from, sizeof four);
+    return _mm256_set1_epi32(four);
 }
 
-GGML_INLINE __m256i odd_bytes(const struct ggml_layout * layout, __m256i codes) {
-    return layout->bits == 8 ? _mm256_srai_epi16(codes, 8) : _mm256_srli_epi16(codes, 8);
+/* sum[i][half] of steps [first, first + steps) times n vectors, as words. The codes come from
+ * `unpacked` or, if that is NULL, from the block. */
+GGML_INLINE void multiply_words(enum ggml_type type, const uint8_t * block,
+                                const struct unpacked * unpacked, int n,
+                                const struct ggml_act * const * acts, size_t b, int first,
+                                int steps, __m256i (*sum)[2]) {
+    for (int i = 0; i < n; i++) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
+    /* unrolled, gcc 12 would move the loads up and spill what it has no registers for */
+#pragma GCC unroll 1
+    for (int step = first; step < first + steps; step += 2) {
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; odd++) {
+            __m256i codes[2];
+            for (int half = 0; half < 2; half++)
+                codes[half] =
+                    unpacked ? unpacked->codes[step + odd][half]
+                             : load_codes(type, block, _mm256_setzero_si256(), step, odd, half);
+            for (int i = 0; i < n; i++) {
+                const __m256i a = broadcast(acts[i][b].a + 2 * (step + odd));
+                for (int half = 0; half < 2; half++)
+                    sum[i][half] =
+                        _mm256_add_epi32(sum[i][half], _mm256_madd_epi16(codes[half], a));
+            }
+        }
+    }
 }
 
-/* Two neighbours of an activation block's `a`, in every lane. */
-GGML_INLINE __m256i broadcast_pair(const struct ggml_act * act, int pair) {
-    int32_t two;
-    memcpy(&two, act->a + 2 * pair, sizeof two);
-    return _mm256_set1_epi32(two);
+/* The same as bytes, as many steps as an int16 can take; an activation is hi * high + lo, or hi
+ * alone if not `low`. */
+GGML_INLINE void multiply_bytes(enum ggml_type type, const uint8_t * block,
+                                const struct unpacked * unpacked, int n, bool low, __m256i high,
+                                const struct ggml_act * const * acts, size_t b, int first,
+                                int steps, __m256i (*sum)[2]) {
+    __m256i hi[4][2], lo[4][2], fifth[2];
+    for (int half = 0; half < 2; half++) {
+        if (!unpacked) fifth[half] = load_fifth(type, block, first, half);
+        for (int i = 0; i < n; i++) hi[i][half] = lo[i][half] = _mm256_setzero_si256();
+    }
+#pragma GCC unroll 1
+    for (int step = first; step < first + steps; step += 2) {
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; odd++) {
+            __m256i codes[2];
+            for (int half = 0; half < 2; half++)
+                codes[half] = unpacked ? unpacked->codes[step + odd][half]
+                                       : load_codes(type, block, fifth[half], step, odd, half);
+            for (int i = 0; i < n; i++) {
+                const __m256i a_hi = broadcast(acts[i][b].hi + 4 * (step + odd));
+                for (int half = 0; half < 2; half++)
+                    hi[i][half] =
+                        _mm256_add_epi16(hi[i][half], _mm256_maddubs_epi16(codes[half], a_hi));
+                if (!low) continue;
+                const __m256i a_lo = broadcast(acts[i][b].lo + 4 * (step + odd));
+                for (int half = 0; half < 2; half++)
+                    lo[i][half] =
+                        _mm256_add_epi16(lo[i][half], _mm256_maddubs_epi16(codes[half], a_lo));
+            }
+        }
+        if (!unpacked)
+            for (int half = 0; half < 2; half++) fifth[half] = _mm256_srli_epi16(fifth[half], 2);
+    }
+    for (int i = 0; i < n; i++) {
+        for (int half = 0; half < 2; half++) {
+            sum[i][half] = _mm256_madd_epi16(hi[i][half], high);
+            if (!low) continue;
+            const __m256i rest = _mm256_madd_epi16(lo[i][half], _mm256_set1_epi16(1));
+            sum[i][half] = _mm256_add_epi32(sum[i][half], rest);
+        }
+    }
 }
 
-/* Of each lane's 32 floats, the one in slot `index`; only the low 5 bits of an index count. */
-GGML_INLINE __m256 pick(const __m256 from[4], __m256i index) {
-    __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-    __m256 bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 27));
+/* Of each lane's 32 floats, the one at `index`, whose bits 3 and 4 are the masks' signs. */
+GGML_INLINE __m256 pick(const __m256 from[4], __m256i index, __m256 bit3, __m256 bit4) {
     __m256 low = _mm256_blendv_ps(_mm256_permutevar8x32_ps(from[0], index),
                                   _mm256_permutevar8x32_ps(from[1], index), bit3);
     __m256 high = _mm256_blendv_ps(_mm256_permutevar8x32_ps(from[2], index),
@@ -61,127 +172,186 @@ GGML_INLINE __m256 pick(const __m256 from[4], __m256i index) {
 }
 
 /* acc = fma(v, x_i, acc), acc = fma(-m, a_i * d, acc) in the rows that have an outlier. */
-GGML_INLINE void add_outliers(const uint8_t * block, const struct ggml_stripe_block * at,
-                              const float * x, const struct ggml_act * act, const __m256 m[2],
-                              __m256 acc[2]) {
-    __m256i index[2];
-    __m256 from[4], x_picked[2];
-    for (int half = 0; half < 2; half++)
-        index[half] = _mm256_cvtepi16_epi32(
-            _mm_loadu_si128((const __m128i *)(const void *)(block + at->index) + half));
-    /* in slot order, as the indices count */
-    for (int i = 0; i < 4; i++)
-        from[i] = _mm256_permute_ps(_mm256_loadu_ps(x + 8 * i), _MM_SHUFFLE(3, 1, 2, 0));
-    for (int half = 0; half < 2; half++) x_picked[half] = pick(from, index[half]);
+GGML_INLINE void add_outliers(enum ggml_type type, const uint8_t * block, const float * x,
+                              const struct ggml_act * act, const __m256 m[2], __m256 acc[2]) {
+    const struct ggml_stripe_block at = ggml_stripe_block(type);
+    /* from slots, as `a` counts, to weights, as x does: bits 0 and 1 of the index change places */
+    const __m256i places = _mm256_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15, 0,
+                                            2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+    __m256 xs[4], as[4];
     for (int i = 0; i < 4; i++) {
         __m128i a = _mm_load_si128((const __m128i *)(const void *)act->a + i);
-        from[i] = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(a));
+        as[i] = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(a));
+        xs[i] = _mm256_loadu_ps(x + 8 * i);
     }
     for (int half = 0; half < 2; half++) {
-        __m256 v = load_scales(block + at->outlier, half, false);
-        __m256 a = _mm256_mul_ps(pick(from, index[half]), _mm256_set1_ps(act->d));
-        __m256 with = _mm256_fmadd_ps(v, x_picked[half], acc[half]);
-        with = _mm256_fnmadd_ps(m[half], a, with);
-        __m256 none = _mm256_castsi256_ps(index[half]); /* negative: GGML_NO_OUTLIER */
+        const __m256i slot = _mm256_cvtepi16_epi32(
+            _mm_loadu_si128((const __m128i *)(const void *)(block + at.index) + half));
+        const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(slot, 28));
+        const __m256 bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(slot, 27));
+        __m256 x_i = pick(xs, _mm256_shuffle_epi8(places, slot), bit3, bit4);
+        __m256 a_i = _mm256_mul_ps(pick(as, slot, bit3, bit4), _mm256_set1_ps(act->d));
+        __m256 with = _mm256_fmadd_ps(load_scales(block + at.outlier, half, false), x_i, acc[half]);
+        with = _mm256_fnmadd_ps(m[half], a_i, with);
+        const __m256 none = _mm256_castsi256_ps(slot); /* negative: GGML_NO_OUTLIER */
         acc[half] = _mm256_blendv_ps(with, acc[half], none);
     }
 }
 
-/* One stripe times n vectors, n a constant: acc[i][half]. */
-GGML_INLINE void stripe_times(enum ggml_type type, int n, const uint8_t * stripe, size_t blocks,
-                              const struct ggml_act * const * acts, const float * const * xs,
-                              __m256 (*acc)[2]) {
+/* acc[i][half]: block b of a stripe times n vectors; type, n and low are constants. */
+GGML_INLINE void block_times(enum ggml_type type, const uint8_t * block,
+                             const struct unpacked * unpacked, int n, bool low, __m256i high,
+                             const struct ggml_act * const * acts, const float * const * xs,
+                             size_t b, __m256 (*acc)[2]) {
     const struct ggml_layout * layout = &ggml_layouts[type];
     const struct ggml_stripe_block at = ggml_stripe_block(type);
-    const int parts = 32 / layout->size, units = layout->size / 4;
-    for (size_t b = 0; b < blocks; b++) {
-        const uint8_t * block = stripe + b * at.size;
-        const __m256i * fifth = (const __m256i *)(const void *)(block + at.qh);
-        for (int part = 0; part < parts; part++) {
-            const size_t scale = (size_t)part * GGML_STRIPE * (layout->wide ? 4 : 2);
-            __m256i sum[4][2];
-            for (int i = 0; i < n; i++) {
-                int32_t z = parts == 2 ? acts[i][b].sum_half[part] : acts[i][b].sum;
-                sum[i][0] = sum[i][1] = _mm256_set1_epi32(-layout->zero * z);
-            }
-            __m256i qh[2] = {sum[0][0], sum[0][0]};
-            if (layout->bits == 5) {
-                qh[0] = _mm256_loadu_si256(fifth);
-                qh[1] = _mm256_loadu_si256(fifth + 1);
-            }
-#pragma GCC unroll 8
-            for (int u = part * units; u < (part + 1) * units; u++) {
-                __m256i even[2], odd[2];
-                for (int half = 0; half < 2; half++) {
-                    __m256i codes = load_codes(layout, block + at.qs, qh[half], u, half);
-                    even[half] = even_bytes(layout, codes);
-                    odd[half] = odd_bytes(layout, codes);
-                }
-                for (int i = 0; i < n; i++) {
-                    const __m256i a02 = broadcast_pair(acts[i] + b, 2 * u);
-                    const __m256i a13 = broadcast_pair(acts[i] + b, 2 * u + 1);
-                    for (int half = 0; half < 2; half++) {
-                        sum[i][half] =
-                            _mm256_add_epi32(sum[i][half], _mm256_madd_epi16(even[half], a02));
-                        sum[i][half] =
-                            _mm256_add_epi32(sum[i][half], _mm256_madd_epi16(odd[half], a13));
-                    }
-                }
-            }
-            __m256 m[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-            for (int half = 0; half < 2; half++) {
-                __m256 d = load_scales(block + at.d + scale, half, layout->wide);
-                if (layout->min) m[half] = load_scales(block + at.m + scale, half, layout->wide);
-                for (int i = 0; i < n; i++) {
-                    const struct ggml_act * act = acts[i] + b;
-                    __m256 t =
-                        _mm256_mul_ps(_mm256_cvtepi32_ps(sum[i][half]), _mm256_set1_ps(act->d));
-                    acc[i][half] = _mm256_fmadd_ps(d, t, acc[i][half]);
-                    if (!layout->min) continue;
-                    __m256 s = _mm256_set1_ps(parts == 2 ? act->s_half[part] : act->s);
-                    acc[i][half] = _mm256_fmadd_ps(m[half], s, acc[i][half]);
-                }
-            }
-            if (!layout->outlier) continue;
+    const int parts = 32 / layout->size;
+    for (int part = 0; part < parts; part++) {
+        __m256i sum[4][2];
+        if (layout->bits == 8) {
+            multiply_words(type, block, unpacked, n, acts, b, 0, 16, sum);
+        } else if (layout->bits == 4 && parts == 1) {
+            multiply_bytes(type, block, unpacked, n, low, high, acts, b, 0, 8, sum);
+        } else {
+            multiply_bytes(type, block, unpacked, n, low, high, acts, b, 4 * part, 4, sum);
+        }
+        if (layout->bits == 5) {
+            __m256i more[4][2];
+            multiply_bytes(type, block, unpacked, n, low, high, acts, b, 4, 4, more);
             for (int i = 0; i < n; i++)
-                add_outliers(block, &at, xs[i] + 32 * b, acts[i] + b, m, acc[i]);
+                for (int half = 0; half < 2; half++)
+                    sum[i][half] = _mm256_add_epi32(sum[i][half], more[i][half]);
+        }
+        const size_t scale = (size_t)part * GGML_STRIPE * (layout->wide ? 4 : 2);
+        __m256 d[2], m[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+        for (int half = 0; half < 2; half++) {
+            d[half] = unpacked ? unpacked->d[part][half]
+                               : load_scales(block + at.d + scale, half, layout->wide);
+            if (layout->min)
+                m[half] = unpacked ? unpacked->m[part][half]
+                                   : load_scales(block + at.m + scale, half, layout->wide);
+        }
+        for (int i = 0; i < n; i++) {
+            const struct ggml_act * act = acts[i] + b;
+            const __m256i z =
+                _mm256_set1_epi32(layout->zero * (parts == 2 ? act->sum_half[part] : act->sum));
+            const __m256 s = _mm256_set1_ps(parts == 2 ? act->s_half[part] : act->s);
+            for (int half = 0; half < 2; half++) {
+                if (layout->zero) sum[i][half] = _mm256_sub_epi32(sum[i][half], z);
+                __m256 t = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[i][half]), _mm256_set1_ps(act->d));
+                acc[i][half] = _mm256_fmadd_ps(d[half], t, acc[i][half]);
+                if (layout->min) acc[i][half] = _mm256_fmadd_ps(m[half], s, acc[i][half]);
+            }
+            if (layout->outlier) add_outliers(type, block, xs[i] + 32 * b, act, m, acc[i]);
         }
     }
 }
 
-/* Vectors [t, t + n) of the input, n a constant. */
-GGML_INLINE void stripes_times(enum ggml_type type, int n, const struct ggml_matrix * w,
-                               const struct ggml_input * in, size_t t, float * y, size_t ldy,
-                               size_t first, size_t last) {
+GGML_INLINE void prefetch(const uint8_t * block, size_t size) {
+    for (size_t i = 0; i < size; i += 64)
+        _mm_prefetch((const char *)block + AHEAD + i, _MM_HINT_T0);
+}
+
+/* How much hi counts in an activation. */
+GGML_INLINE __m256i high_step(const struct ggml_input * in) {
+    return _mm256_set1_epi16(in->activations == GGML_A8 ? 1 : 128);
+}
+
+GGML_INLINE void store_rows(float * y, size_t rows, const __m256 acc[2]) {
+    float out[GGML_STRIPE];
+    _mm256_storeu_ps(out, acc[0]);
+    _mm256_storeu_ps(out + 8, acc[1]);
+    memcpy(y, out, (rows < GGML_STRIPE ? rows : GGML_STRIPE) * sizeof *out);
+}
+
+/* One vector times the stripes (1 or 2, a constant) that start at `row` and, beside it, `apart`
+ * rows further: two streams that are read at a time reach more of the bandwidth than one. */
+GGML_INLINE void stripes_times_one(enum ggml_type type, int stripes, const struct ggml_matrix * w,
+                                   const struct ggml_input * in, float * y, size_t row,
+                                   size_t apart, size_t last) {
     const size_t stripe_size = ggml_stripe_size(type, w->cols);
-    const struct ggml_act * acts[4];
-    const float * xs[4];
-    for (int i = 0; i < n; i++) {
-        acts[i] = ggml_act_of(in, t + (size_t)i, ggml_act_size(w->cols));
-        xs[i] = in->x + (t + (size_t)i) * in->ldx;
+    const size_t size = ggml_stripe_block(type).size;
+    const uint8_t * from = (const uint8_t *)w->data + row / GGML_STRIPE * stripe_size;
+    const size_t gap = apart / GGML_STRIPE * stripe_size;
+    const struct ggml_act * act = ggml_act_of(in, 0, 0);
+    const __m256i high = high_step(in);
+    __m256 acc[2][1][2];
+    for (int s = 0; s < stripes; s++) acc[s][0][0] = acc[s][0][1] = _mm256_setzero_ps();
+    for (size_t b = 0; b < w->cols / 32; b++) {
+        for (int s = 0; s < stripes; s++) {
+            const uint8_t * block = from + (size_t)s * gap + b * size;
+            prefetch(block, size);
+            block_times(type, block, NULL, 1, true, high, &act, &in->x, b, acc[s]);
+        }
+    }
+    for (int s = 0; s < stripes; s++) {
+        const size_t r = row + (size_t)s * apart;
+        store_rows(y + r, last - r, acc[s][0]);
+    }
+}
+
+/* A stripe times n <= MOST vectors. */
+GGML_INLINE void stripe_times_many(enum ggml_type type, bool low, const uint8_t * stripe,
+                                   size_t blocks, size_t n, __m256i high,
+                                   const struct ggml_act * const * acts, const float * const * xs,
+                                   __m256 (*acc)[2]) {
+    const size_t size = ggml_stripe_block(type).size;
+    struct unpacked unpacked;
+    for (size_t b = 0; b < blocks; b++) {
+        const uint8_t * block = stripe + b * size;
+        prefetch(block, size);
+        unpack(type, block, &unpacked);
+        size_t i = 0;
+        if (ggml_layouts[type].bits == 8 || !low) /* one sum a vector and half: room for 4 */
+            for (; n - i >= 4; i += 4)
+                block_times(type, block, &unpacked, 4, low, high, acts + i, xs + i, b, acc + i);
+        for (; n - i >= 2; i += 2)
+            block_times(type, block, &unpacked, 2, low, high, acts + i, xs + i, b, acc + i);
+        if (i < n) block_times(type, block, &unpacked, 1, low, high, acts + i, xs + i, b, acc + i);
+    }
+}
+
+/* Vectors [t, t + n) of the input, n <= MOST. */
+GGML_INLINE void stripes_times_many(enum ggml_type type, const struct ggml_matrix * w,
+                                    const struct ggml_input * in, size_t t, size_t n, float * y,
+                                    size_t ldy, size_t first, size_t last) {
+    const size_t stripe_size = ggml_stripe_size(type, w->cols), blocks = w->cols / 32;
+    const bool low = in->activations == GGML_A16 || ggml_layouts[type].bits == 8;
+    const struct ggml_act * acts[MOST];
+    const float * xs[MOST];
+    for (size_t i = 0; i < n; i++) {
+        acts[i] = ggml_act_of(in, t + i, ggml_act_size(w->cols));
+        xs[i] = in->x + (t + i) * in->ldx;
     }
     for (size_t row = first; row < last; row += GGML_STRIPE) {
-        __m256 acc[4][2];
-        for (int i = 0; i < n; i++) acc[i][0] = acc[i][1] = _mm256_setzero_ps();
-        stripe_times(type, n, (const uint8_t *)w->data + row / GGML_STRIPE * stripe_size,
-                     w->cols / 32, acts, xs, acc);
-        size_t rows = last - row < GGML_STRIPE ? last - row : GGML_STRIPE;
-        for (int i = 0; i < n; i++) {
-            float out[GGML_STRIPE];
-            _mm256_storeu_ps(out, acc[i][0]);
-            _mm256_storeu_ps(out + 8, acc[i][1]);
-            memcpy(y + (t + (size_t)i) * ldy + row, out, rows * sizeof *out);
+        const uint8_t * stripe = (const uint8_t *)w->data + row / GGML_STRIPE * stripe_size;
+        __m256 acc[MOST][2];
+        for (size_t i = 0; i < n; i++) acc[i][0] = acc[i][1] = _mm256_setzero_ps();
+        if (low) {
+            stripe_times_many(type, true, stripe, blocks, n, high_step(in), acts, xs, acc);
+        } else {
+            stripe_times_many(type, false, stripe, blocks, n, high_step(in), acts, xs, acc);
         }
+        for (size_t i = 0; i < n; i++) store_rows(y + (t + i) * ldy + row, last - row, acc[i]);
     }
 }
 
 GGML_INLINE void matmul_stripes(enum ggml_type type, const struct ggml_matrix * w,
                                 const struct ggml_input * in, float * y, size_t ldy, size_t first,
                                 size_t last) {
-    size_t t = 0;
-    for (; in->n - t >= 4; t += 4) stripes_times(type, 4, w, in, t, y, ldy, first, last);
-    for (; in->n - t >= 2; t += 2) stripes_times(type, 2, w, in, t, y, ldy, first, last);
-    if (t < in->n) stripes_times(type, 1, w, in, t, y, ldy, first, last);
+    if (in->n == 1) {
+        const size_t part = (last - first) / (2 * GGML_STRIPE) * GGML_STRIPE;
+        for (size_t row = first; row < first + part; row += GGML_STRIPE)
+            stripes_times_one(type, 2, w, in, y, row, part, last);
+        for (size_t row = first + 2 * part; row < last; row += GGML_STRIPE)
+            stripes_times_one(type, 1, w, in, y, row, 0, last);
+        return;
+    }
+    for (size_t t = 0, n; t < in->n; t += n) {
+        const size_t rest = in->n - t;
+        n = rest / ((rest + MOST - 1) / MOST); /* nearly equal shares */
+        stripes_times_many(type, w, in, t, n, y, ldy, first, last);
+    }
 }
 
 #define INSTANCE(TYPE)                                                                             \
