@@ -98,8 +98,7 @@ GGML_INLINE void multiply_words(enum ggml_type type, const uint8_t * block,
                                 const struct ggml_act * const * acts, size_t b, int first,
                                 int steps, __m256i (*sum)[2]) {
     for (int i = 0; i < n; i++) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
-    /* unrolled, gcc 12 would move the loads up and spill what it has no registers for */
-#pragma GCC unroll 1
+#pragma GCC unroll 8
     for (int step = first; step < first + steps; step += 2) {
 #pragma GCC unroll 2
         for (int odd = 0; odd < 2; odd++) {
@@ -129,7 +128,7 @@ GGML_INLINE void multiply_bytes(enum ggml_type type, const uint8_t * block,
         if (!unpacked) fifth[half] = load_fifth(type, block, first, half);
         for (int i = 0; i < n; i++) hi[i][half] = lo[i][half] = _mm256_setzero_si256();
     }
-#pragma GCC unroll 1
+#pragma GCC unroll 8
     for (int step = first; step < first + steps; step += 2) {
 #pragma GCC unroll 2
         for (int odd = 0; odd < 2; odd++) {
