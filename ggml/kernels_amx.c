@@ -20,6 +20,7 @@
 
 #include "cpu.h"
 #include "kernels.h"
+#include "stripes_avx512.h"
 #include "tiles.h"
 
 enum {
@@ -76,51 +77,6 @@ GGML_INLINE void multiply(enum ggml_activations activations, bool odd, const str
     }
 }
 
-GGML_INLINE __m512 load_scales(const uint8_t * from, bool wide) {
-    if (wide) return _mm512_loadu_ps(from);
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)from));
-}
-
-/* Codes of a stripe's block, less what means zero: [8][16 rows][4 columns], signed bytes. */
-GGML_INLINE void unpack_codes(const struct ggml_layout * layout, const uint8_t * block,
-                              const struct ggml_stripe_block * at, int8_t * codes) {
-    const __m512i zero = _mm512_set1_epi8((char)layout->zero);
-#pragma GCC unroll 8
-    for (int u = 0; u < 8; u++) {
-        __m512i q = _mm512_loadu_si512(block + at->qs + 64 * (layout->bits == 8 ? u : u / 2));
-        if (layout->bits != 8) {
-            if (u % 2) q = _mm512_srli_epi16(q, 4);
-            q = _mm512_and_si512(q, _mm512_set1_epi8(15));
-        }
-        if (layout->bits == 5) {
-            __m512i qh = _mm512_loadu_si512(block + at->qh);
-            qh = u < 4 ? _mm512_slli_epi16(qh, (unsigned)(4 - u))
-                       : _mm512_srli_epi16(qh, (unsigned)(u - 4));
-            q = _mm512_or_si512(q, _mm512_and_si512(qh, _mm512_set1_epi8(16)));
-        }
-        _mm512_store_si512(codes + 64 * u, _mm512_sub_epi8(q, zero));
-    }
-}
-
-/* acc = fma(v, x_i, acc), acc = fma(-m, a_i * d, acc) in the rows that have an outlier. */
-GGML_INLINE __m512 add_outliers(const uint8_t * block, const struct ggml_stripe_block * at,
-                                const float * x, const struct ggml_act * act, __m512 m,
-                                __m512 acc) {
-    const __m256i * a = (const __m256i *)(const void *)act->a;
-    __m512i index = _mm512_cvtepi16_epi32(
-        _mm256_loadu_si256((const __m256i *)(const void *)(block + at->index)));
-    __mmask16 has = _mm512_cmpge_epi32_mask(index, _mm512_setzero_si512());
-    /* in slot order, as the indices count */
-    __m512 x0 = _mm512_permute_ps(_mm512_loadu_ps(x), _MM_SHUFFLE(3, 1, 2, 0));
-    __m512 x1 = _mm512_permute_ps(_mm512_loadu_ps(x + 16), _MM_SHUFFLE(3, 1, 2, 0));
-    __m512 a0 = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(a)));
-    __m512 a1 = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(a + 1)));
-    __m512 a_i = _mm512_mul_ps(_mm512_permutex2var_ps(a0, index, a1), _mm512_set1_ps(act->d));
-    acc = _mm512_mask3_fmadd_ps(load_scales(block + at->outlier, false),
-                                _mm512_permutex2var_ps(x0, index, x1), acc, has);
-    return _mm512_mask3_fnmadd_ps(m, a_i, acc, has);
-}
-
 /* The step that `sums` belong to, part `part` of a stripe's block, into the accumulators. */
 GGML_INLINE void scale(enum ggml_type type, enum ggml_activations activations,
                        const struct sums * sums, const uint8_t * block, size_t part,
@@ -131,7 +87,9 @@ GGML_INLINE void scale(enum ggml_type type, enum ggml_activations activations,
     const size_t offset = part * GGML_STRIPE * (layout->wide ? 4 : 2);
     const __m512 d = load_scales(block + at.d + offset, layout->wide);
     __m512 m = _mm512_setzero_ps();
+    struct outliers outliers;
     if (layout->min) m = load_scales(block + at.m + offset, layout->wide);
+    if (layout->outlier) outliers = load_outliers(block, &at);
 #pragma GCC unroll 16
     for (int i = 0; i < GROUP; i++) {
         __m512i sum = _mm512_load_si512(sums->hi[i]);
@@ -142,7 +100,7 @@ GGML_INLINE void scale(enum ggml_type type, enum ggml_activations activations,
         if (!layout->min) continue;
         acc[i] = _mm512_fmadd_ps(
             m, _mm512_set1_ps(layout->size == 16 ? acts[i].s_half[part] : acts[i].s), acc[i]);
-        if (layout->outlier) acc[i] = add_outliers(block, &at, xs[i] + column, acts + i, m, acc[i]);
+        if (layout->outlier) acc[i] = add_outliers(&outliers, xs[i] + column, acts + i, m, acc[i]);
     }
 }
 
@@ -167,13 +125,24 @@ struct accumulators {
     _Alignas(64) float of[STRIPES][GROUP][GGML_STRIPE];
 };
 
+/* Codes become signed bytes, less what means zero. */
 GGML_INLINE void unpack(enum ggml_type type, struct panel * panel) {
+    const struct ggml_layout * layout = &ggml_layouts[type];
     const struct ggml_stripe_block at = ggml_stripe_block(type);
+    const __m512i zero = _mm512_set1_epi8((char)(layout->bits == 8 ? 128 : layout->zero));
     int8_t * codes = panel->codes;
-    for (size_t s = 0; s < panel->n_stripes; s++)
-        for (size_t b = 0; b < panel->n_blocks; b++, codes += 32 * GGML_STRIPE)
-            unpack_codes(&ggml_layouts[type], panel->stripes + s * panel->stripe_size + b * at.size,
-                         &at, codes);
+    for (size_t s = 0; s < panel->n_stripes; s++) {
+        for (size_t b = 0; b < panel->n_blocks; b++, codes += 32 * GGML_STRIPE) {
+            const uint8_t * block = panel->stripes + s * panel->stripe_size + b * at.size;
+            __m512i qh = _mm512_setzero_si512();
+            if (layout->bits == 5) qh = _mm512_loadu_si512(block + at.qh);
+#pragma GCC unroll 8
+            for (int u = 0; u < 8; u++) {
+                const __m512i q = load_codes(layout, block + at.qs, qh, u);
+                _mm512_store_si512(codes + 64 * u, _mm512_sub_epi8(q, zero));
+            }
+        }
+    }
 }
 
 /* Vectors [t, t + 16); the last one stands in for those that do not exist. */
