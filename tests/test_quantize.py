@@ -159,6 +159,8 @@ def test_command(tmp_path, source):
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{target.stat().st_size:,} bytes" in done.stdout
     assert read_model(target)["blocks.0.att.key.weight"].version == 100
+    assert rwkv("quantize", source, target, "Q4_0", "--head", "q8_0").returncode == 0
+    assert read_model(target)["head.weight"].name == "Q8_0"
     done = rwkv("quantize", source, target, "Q4_9")
     assert done.returncode == 1
     assert done.stderr.startswith("error: unknown format 'Q4_9' (choose from Q4_0, ")
