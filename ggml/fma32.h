@@ -17,6 +17,10 @@ static inline float fma32(float a, float b, float c) {
     return fmaf(a, b, c);
 }
 
+static inline void fma32_lanes(const float a[16], const float b[16], float acc[16]) {
+    for (int j = 0; j < 16; j++) acc[j] = fmaf(a[j], b[j], acc[j]);
+}
+
 #else
 
 /* The product of two floats is exact in double. Their sum with c is rounded to odd: if double
@@ -37,6 +41,25 @@ static inline float fma32(float a, float b, float c) {
     sum_bits += (0 - (inexact & ~sum_bits)) & step;
     memcpy(&sum, &sum_bits, sizeof sum);
     return (float)sum;
+}
+
+/* acc = a * b + acc in 16 lanes, in vectors if the compiler has any. Rounding to double and again
+ * to float goes wrong only where the double is the middle of two floats (of the bits that float has
+ * not, the first is set and no other), or less than the smallest normal float. That is rare. */
+static inline void fma32_lanes(const float a[16], const float b[16], float acc[16]) {
+    double sum[16];
+    uint64_t bits[16], rare = 0; /* in bit 63, where the differences are negative */
+    for (int j = 0; j < 16; j++) sum[j] = (double)a[j] * b[j] + acc[j];
+    memcpy(bits, sum, sizeof bits);
+    for (int j = 0; j < 16; j++) {
+        rare |= ((bits[j] ^ 0x10000000) & 0x1FFFFFFF) - 1;
+        rare |= (bits[j] & 0x7FFFFFFFFFFFFFFF) - 0x3810000000000000;
+    }
+    if (rare >> 63) {
+        for (int j = 0; j < 16; j++) acc[j] = fma32(a[j], b[j], acc[j]);
+    } else {
+        for (int j = 0; j < 16; j++) acc[j] = (float)sum[j];
+    }
 }
 
 #endif

@@ -7,17 +7,19 @@
 #include <stdint.h>
 #include <string.h>
 
+/* Without a branch, so that compilers can do many at once. */
 static inline float fp16_to_fp32(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16;
     uint32_t magnitude = h & 0x7FFF;
-    uint32_t bits = (magnitude << 13) + (112u << 23);
-    float f;
-    if (magnitude >= 0x7C00) { /* infinity; NaN becomes quiet */
-        bits = 0x7F800000 | magnitude << 13 | (magnitude > 0x7C00 ? 0x400000 : 0);
-    } else if (magnitude < 0x0400) { /* denormal or zero: a whole number of 2^-24, made exactly */
-        f = (float)(int32_t)magnitude * 5.9604644775390625e-8f;
-        memcpy(&bits, &f, sizeof bits);
-    }
+    uint32_t normal = (magnitude << 13) + (112u << 23);
+    uint32_t special = normal + (112u << 23); /* infinity; NaN becomes quiet */
+    special |= magnitude > 0x7C00 ? 0x400000 : 0;
+    /* denormal or zero: a whole number of 2^-24, made exactly */
+    float f = (float)(int32_t)magnitude * 5.9604644775390625e-8f;
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    bits = magnitude < 0x0400 ? bits : normal;
+    bits = magnitude < 0x7C00 ? bits : special;
     bits |= sign;
     memcpy(&f, &bits, sizeof f);
     return f;

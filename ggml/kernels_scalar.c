@@ -10,10 +10,6 @@
 
 enum { LANES = 16, TILE = 4 /* input vectors that share an unpacked block */ };
 
-static void fma_lanes(const float * a, const float * b, float * acc) {
-    for (int j = 0; j < LANES; j++) acc[j] = fma32(a[j], b[j], acc[j]);
-}
-
 /* ---- Matrices ------------------------------------------------------------------------------- */
 
 /* 16 floats from floats or halves at any address. */
@@ -31,17 +27,19 @@ GGML_INLINE void load_scales(const uint8_t * from, bool wide, float * to) {
 GGML_INLINE void unpack(enum ggml_type type, const uint8_t * block, int16_t q[32][LANES]) {
     const struct ggml_layout * layout = &ggml_layouts[type];
     const struct ggml_stripe_block at = ggml_stripe_block(type);
+    uint32_t codes[LANES], fifths[LANES];
+    memcpy(fifths, block + at.qh, layout->bits == 5 ? sizeof fifths : 0);
     for (int k = 0; k < 32; k++) {
+        const int byte = 8 * (k % 4), low = byte + (layout->bits == 8 ? 0 : k % 8 / 4 * 4);
+        memcpy(codes, block + at.qs + k / (layout->bits == 8 ? 4 : 8) * sizeof codes, sizeof codes);
         for (int row = 0; row < LANES; row++) {
             if (layout->bits == 8) {
-                q[k][row] = (int8_t)block[at.qs + (size_t)(k / 4 * 64 + 4 * row + k % 4)];
+                q[k][row] = (int8_t)(codes[row] >> low);
                 continue;
             }
-            int byte = block[at.qs + (size_t)(k / 8 * 64 + 4 * row + k % 4)];
-            int code = byte >> k % 8 / 4 * 4 & 15;
-            if (layout->bits == 5)
-                code |= (block[at.qh + (size_t)(4 * row + k % 4)] >> k / 4 & 1) << 4;
-            q[k][row] = (int16_t)(code - layout->zero);
+            uint32_t code = codes[row] >> low & 15;
+            if (layout->bits == 5) code |= (fifths[row] >> (byte + k / 4) & 1) << 4;
+            q[k][row] = (int16_t)((int)code - layout->zero);
         }
     }
 }
@@ -52,6 +50,7 @@ GGML_INLINE void dot(int16_t q[32][LANES], const struct ggml_act * act, int firs
     int32_t sum[LANES] = {0};
     for (int k = first; k < last; k++) {
         int16_t a = act->a[ggml_slot(k)];
+#pragma GCC unroll 1 /* else 16 numbers, for which gcc finds no vectors */
         for (int row = 0; row < LANES; row++) sum[row] += (int32_t)q[k][row] * a;
     }
     for (int row = 0; row < LANES; row++) t[row] = (float)sum[row] * act->d;
@@ -93,12 +92,12 @@ GGML_INLINE void matmul_stripes(enum ggml_type type, const struct ggml_matrix * 
                         size_t scale = (size_t)h * LANES * (layout->wide ? 4u : 2u);
                         load_scales(block + at.d + scale, layout->wide, d);
                         dot(q, act, h * layout->size, (h + 1) * layout->size, t);
-                        fma_lanes(d, t, acc[i]);
+                        fma32_lanes(d, t, acc[i]);
                         if (!layout->min) continue;
                         load_scales(block + at.m + scale, layout->wide, m);
                         float sum = halves == 2 ? act->s_half[h] : act->s;
                         for (int row = 0; row < LANES; row++) s[row] = sum;
-                        fma_lanes(m, s, acc[i]);
+                        fma32_lanes(m, s, acc[i]);
                     }
                     if (!layout->outlier) continue;
                     load_scales(block + at.outlier, false, outlier);
@@ -130,7 +129,7 @@ GGML_INLINE void matmul_rows(bool wide, const struct ggml_matrix * w, const stru
             float weights[LANES];
             for (size_t k = 0; k < whole; k += LANES) {
                 load_scales(data + k * (wide ? 4 : 2), wide, weights);
-                fma_lanes(weights, x + k, acc);
+                fma32_lanes(weights, x + k, acc);
             }
             ggml_dequantize_row(w->type, data + whole * (wide ? 4 : 2), weights, w->cols - whole);
             for (size_t j = 0; j < w->cols - whole; j++)
@@ -159,7 +158,7 @@ GGML_INLINE void add_columns(bool wide, int n, const uint8_t * const * columns,
             float weights[LANES], xs[LANES];
             load_scales(columns[i] + r * (wide ? 4 : 2), wide, weights);
             for (int j = 0; j < LANES; j++) xs[j] = x[i];
-            fma_lanes(weights, xs, sums + r);
+            fma32_lanes(weights, xs, sums + r);
         }
     }
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The C tests on CPUs that this machine is not, under qemu-user: 64-bit Arm with and without dot products,
 # x86-64 without AVX. Then test_hash must print on all of them what it prints natively.
-# --short takes about a minute on two cores, all of it some ten.
+# --short takes about a minute of two idle cores.
 set -euo pipefail
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

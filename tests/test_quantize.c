@@ -47,9 +47,11 @@ static void test_fp16(void) {
  * away. */
 static void test_fma32(void) {
     int wrong = 0;
+    float as[16], bs[16], lanes[16];
     for (int i = 0; i < 4000000; i++) {
         float a = float_of(random_bits()), b = float_of(random_bits()), c = float_of(random_bits());
-        switch (i % 8) {
+        float hair = ldexpf(1, -15 - (int)random_below(9));
+        switch (i % 9) {
         case 0:
             break;
         case 1:
@@ -80,10 +82,24 @@ static void test_fma32(void) {
         case 7:
             c = ldexpf(c, -(int)random_below(40));
             break;
+        case 8: /* so little beside a tie that double rounds to it; normal and denormal */
+            a = ldexpf(1 + hair, -24);
+            b = random_bits() & 1 ? 1 - hair : hair - 1;
+            c = 1 + ldexpf((float)random_below(1 << 23), -23);
+            if (random_bits() & 1) break;
+            b = ldexpf(b, -126);
+            c = float_of(random_below(1 << 23));
+            break;
         }
         if (!same(fma32(a, b, c), fmaf(a, b, c)) && wrong++ < 5)
             check(false, "fma32(%a, %a, %a) = %a, fmaf says %a", a, b, c, fma32(a, b, c),
                   fmaf(a, b, c));
+        /* in a lane among others, which are 1 * 1 + 1 */
+        for (int j = 0; j < 16; j++) as[j] = bs[j] = lanes[j] = 1;
+        as[i % 16] = a, bs[i % 16] = b, lanes[i % 16] = c;
+        fma32_lanes(as, bs, lanes);
+        bool right = same(lanes[i % 16], fmaf(a, b, c)) && lanes[(i + 1) % 16] == 2;
+        if (!right && wrong++ < 5) check(false, "a lane of %a * %a + %a", a, b, c);
     }
     static const float special[] = {0.0f,     -0.0f,     1.0f, -1.0f,  FLT_MAX, -FLT_MAX,
                                     INFINITY, -INFINITY, NAN,  1e-45f, -1e-45f, FLT_MIN};
