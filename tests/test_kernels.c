@@ -177,6 +177,17 @@ static void test_many_vectors(const struct ggml_kernels * k) {
     }
 }
 
+/* Columns of several panels, rows of several blocks, groups of vectors. */
+static void test_large_float_matrices(const struct ggml_kernels * k) {
+    static const size_t counts[] = {1, 2, 5, 9, 19};
+    for (size_t i = 0; i < 5; i++) {
+        for (int t = GGML_TYPE_FP32; t <= GGML_TYPE_FP16; t++) {
+            test_matmul(k, (enum ggml_type)t, 250, 4117, counts[i],
+                        i == 2 ? RANDOM_BYTES : NORMAL_WEIGHTS, (enum input)(i % 3));
+        }
+    }
+}
+
 #ifdef GGML_ISA_amx
 #include "cpu.h"
 #include "tile_emulator.h"
@@ -647,6 +658,7 @@ int main(int argc, char ** argv) {
         test_sparse(k, GGML_TYPE_FP32);
         test_sparse(k, GGML_TYPE_FP16);
         test_sparse_minus_zero(k);
+        test_large_float_matrices(k);
         test_vectors(k);
         test_quantize_act(k, GGML_A16);
         test_quantize_act(k, GGML_A8);
