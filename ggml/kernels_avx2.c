@@ -477,29 +477,40 @@ enum { TILE = 3, GROUP = 16, DEPTH = 256, BLOCK = 96 };
 /* Columns [k, k + depth) of n vectors from t on: [half][depth / 16][n][8], 0 past the end. */
 GGML_INLINE void fill_panel(const struct ggml_input * in, size_t t, size_t n, size_t k,
                             size_t depth, float * panel) {
-    const size_t steps = (depth + 15) / 16;
+    const size_t half = (depth + 15) / 16 * n * 8;
     for (size_t i = 0; i < n; i++) {
         const float * x = in->x + (t + i) * in->ldx + k;
-        for (size_t j = 0; j < 2 * steps; j++) {
-            float * to = panel + ((j % 2 * steps + j / 2) * n + i) * 8;
-            _mm256_store_ps(to, load(x + 8 * j, beyond(depth, 8 * j)));
+        float * to = panel + 8 * i;
+        size_t j = 0;
+        for (; depth - j >= 16; j += 16, to += 8 * n) {
+            _mm256_store_ps(to, _mm256_loadu_ps(x + j));
+            _mm256_store_ps(to + half, _mm256_loadu_ps(x + j + 8));
         }
+        if (j == depth) continue;
+        _mm256_store_ps(to, load(x + j, depth - j));
+        _mm256_store_ps(to + half, load(x + j + 8, beyond(depth, j + 8)));
     }
+}
+
+/* Weights [k, k + 16) of a row, of which `left` exist, as two halves. */
+GGML_INLINE void widen(bool wide, const uint8_t * row, size_t k, size_t left, float * low,
+                       float * high) {
+    _mm256_store_ps(low, load_weights(row, k, left, wide));
+    _mm256_store_ps(high, load_weights(row, k + 8, beyond(left, 8), wide));
 }
 
 /* The same of `rows` rows, a constant: [half][depth / 16][rows][8]. */
 GGML_INLINE void widen_rows(bool wide, int rows, const uint8_t * w, size_t distance,
                             size_t row_size, size_t depth, float * weights) {
-    const size_t steps = (depth + 15) / 16;
-    for (size_t r = 0; r < (size_t)rows; r++, w += distance) {
-        for (size_t j = 0; j < steps; j++) {
-            float * to = weights + (j * (size_t)rows + r) * 8;
-            const size_t k = 16 * j;
+    const size_t half = (depth + 15) / 16 * (size_t)rows * 8;
+    for (int r = 0; r < rows; r++, w += distance) {
+        float * to = weights + 8 * r;
+        size_t k = 0;
+        for (; depth - k >= 16; k += 16, to += 8 * rows) {
             _mm_prefetch((const char *)w + row_size + k * (wide ? 4 : 2), _MM_HINT_T0);
-            _mm256_store_ps(to, load_weights(w, k, depth - k, wide));
-            _mm256_store_ps(to + steps * (size_t)rows * 8,
-                            load_weights(w, k + 8, beyond(depth, k + 8), wide));
+            widen(wide, w, k, 16, to, to + half);
         }
+        if (k < depth) widen(wide, w, k, depth - k, to, to + half);
     }
 }
 
