@@ -17,6 +17,7 @@ from reference import canonical, quants, rwkv_v4
 F32 = np.float32
 FORMATS = [(version, name) for version in (100, 101) for name in quants.formats(version)]
 
+each_precision = pytest.mark.parametrize("steps", canonical.STEPS.values(), ids=canonical.STEPS)
 each_format = pytest.mark.parametrize(("version", "name"), FORMATS)
 
 
@@ -475,7 +476,7 @@ def test_unknown_formats_and_ragged_rows_are_refused() -> None:
 # ---- matrices, number by number ----
 
 
-def dot_by_the_book(tensor: quants.Tensor, row: int, x: np.ndarray) -> np.float32:
+def dot_by_the_book(tensor: quants.Tensor, row: int, x: np.ndarray, steps: int) -> np.float32:
     """One row times one vector, in scalars and rationals, as the page on the arithmetic says."""
     if tensor.name in quants.PLAIN:
         lanes = [F32(0)] * 16
@@ -491,7 +492,7 @@ def dot_by_the_book(tensor: quants.Tensor, row: int, x: np.ndarray) -> np.float3
     for b in range(n_blocks):
         start = b * n
         part = x[start // 32 * 32 :][:32]
-        d = max(abs(part)) / F32(16255)
+        d = max(abs(part)) / F32(steps)
         if d < F32(2.0**-126):
             d, a = F32(0), [0] * 32
         else:
@@ -513,8 +514,9 @@ def dot_by_the_book(tensor: quants.Tensor, row: int, x: np.ndarray) -> np.float3
     return acc
 
 
+@each_precision
 @pytest.mark.parametrize(("version", "name"), [*FORMATS, (101, "FP32"), (101, "FP16")])
-def test_matmul_by_the_book(version: int, name: str) -> None:
+def test_matmul_by_the_book(version: int, name: str, steps: int) -> None:
     random = np.random.default_rng(6)
     cols = 128 if (version, name) in FORMATS else 45
     w = random.standard_normal((5, cols)).astype(F32)
@@ -524,12 +526,15 @@ def test_matmul_by_the_book(version: int, name: str) -> None:
     x[2, :16] *= 1e-42  # a block whose scale would be denormal, were it not for the other half
     x[2, 16:32] *= 1e-40
     tensor = quants.Tensor.of(version, name, w)
-    expected = np.array([[dot_by_the_book(tensor, row, v) for row in range(5)] for v in x])
-    assert same_bits(canonical.matmul(tensor, x), expected)
+    expected = np.array([[dot_by_the_book(tensor, row, v, steps) for row in range(5)] for v in x])
+    assert same_bits(canonical.matmul(tensor, x, steps), expected)
 
 
+@each_precision
 @each_format
-def test_quantized_dot_is_as_near_as_its_activations_allow(version: int, name: str) -> None:
+def test_quantized_dot_is_as_near_as_its_activations_allow(
+    version: int, name: str, steps: int
+) -> None:
     """Against float64 over the weights that the file stands for. The first term is the rounding of
     activations to integers, half a step of d_a each; the second that of float32."""
     random = np.random.default_rng(7)
@@ -539,24 +544,25 @@ def test_quantized_dot_is_as_near_as_its_activations_allow(version: int, name: s
     x = x.astype(F32)
     tensor = quants.Tensor.of(version, name, w.astype(F32))
     weights, exact_x = tensor.values().astype(np.float64), x.astype(np.float64)
-    error = np.abs(canonical.matmul(tensor, x) - exact_x @ weights.T)
+    error = np.abs(canonical.matmul(tensor, x, steps) - exact_x @ weights.T)
 
     blocks = np.abs(exact_x).reshape(tokens, -1, 32)
-    d_a = np.max(blocks, axis=2) / 16255
+    d_a = np.max(blocks, axis=2) / steps
     sums = np.abs(weights).reshape(rows, -1, 32).sum(axis=2)
     bound = d_a / 2 @ sums.T
     bound += (cols / 32 + 8) * 2.0**-24 * (np.abs(exact_x) @ np.abs(weights).T)
     assert np.all(error <= bound)
 
 
+@each_precision
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_bad_activation_spoils_its_token_and_no_other(bad: float) -> None:
+def test_a_bad_activation_spoils_its_token_and_no_other(bad: float, steps: int) -> None:
     random = np.random.default_rng(8)
     x = random.standard_normal((3, 64)).astype(F32)
     tensor = quants.Tensor.of(101, "Q5_1", random.standard_normal((4, 64)).astype(F32))
-    good = canonical.matmul(tensor, x)
+    good = canonical.matmul(tensor, x, steps)
     x[1, 40] = bad
-    spoilt = canonical.matmul(tensor, x)
+    spoilt = canonical.matmul(tensor, x, steps)
     assert np.all(np.isnan(spoilt[1]))
     assert same_bits(spoilt[[0, 2]], good[[0, 2]])
 
