@@ -20,8 +20,17 @@ from pathlib import Path
 
 import click
 from rwkv_cpp import RWKVModel, load_rwkv_shared_library
-from rwkv_cpp.bench import PROMPT, Round, cpu_name, loudest, measure_round, operations
+from rwkv_cpp.bench import (
+    PROMPT,
+    Round,
+    cpu_name,
+    loudest,
+    measure_round,
+    operations,
+    reading_share,
+)
 from rwkv_cpp.ggmf import read_index
+from rwkv_cpp.library import Limits
 
 BATCH = 8
 PAUSE = 0.3  # before a turn of ours: threads of other programs spin for a while when they are done
@@ -45,6 +54,9 @@ class Ours:
         _, records = read_index(path)
         shapes = [r.shape for r in records if r.key.startswith("blocks.") and len(r.shape) == 2]
         self.layer_weights = sum(rows * columns for rows, columns in shapes)
+
+    def limits(self, n_bytes: int) -> Limits:
+        return self._library.rwkv_measure(self._threads, min(n_bytes, 1 << 30))
 
     def round(self) -> Round:
         time.sleep(PAUSE)
@@ -146,26 +158,30 @@ def llama(program: str, theirs: Path, ours: Path, threads: int, rounds: int) -> 
     command = [program, "-m", str(theirs), "-t", str(threads), "-r", "1", "-o", "json"]
     command += ["-p", str(LLAMA_PROMPT), "-n", str(LLAMA_TOKENS)]
     rows: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+
+    def row(size: int, seconds: float, reading: float, rate: float) -> tuple[float, ...]:
+        rates = size / seconds / 1e9, reading / 1e9, reading_share(size, seconds, reading)
+        return seconds * 1e3, *rates, rate / 1e9
+
     noise = []
     for _ in range(rounds):
         result = model.round()
         noise.append(result.noise)
-        limits = result.limits
         answer = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        reading = model.limits(n_bytes).read  # beside theirs: it decodes last
         prompt, decode = (run["avg_ts"] for run in answer)
-        other = 1 / decode, operations(layer_weights, 1, 1 / prompt), n_bytes
-        own = result.decode, operations(model.layer_weights, PROMPT, result.prompt), model.n_bytes
-        for name, (seconds, rate, size) in {theirs.stem: other, ours.stem: own}.items():
-            share = size / seconds / limits.read
-            rows[name].append((seconds * 1e3, size / seconds / 1e9, share, rate / 1e9))
+        rate = operations(layer_weights, 1, 1 / prompt)
+        rows[theirs.stem].append(row(n_bytes, 1 / decode, reading, rate))
+        rate = operations(model.layer_weights, PROMPT, result.prompt)
+        rows[ours.stem].append(row(model.n_bytes, result.decode, result.limits.read, rate))
     print(f"{threads} threads; others had up to {loudest(noise):.1%} of the CPUs")
-    print(f"{'':<24}{'ms/token':>12}{'GB/s':>12}{'of reading':>12}{'prompt GOP/s':>14}")
+    print(f"{'':<24}{'ms/token':>12}{'GB/s':>12}{'limit':>12}{'share':>12}{'prompt GOP/s':>14}")
     for name, results in rows.items():
-        ms, reading, share, rate = map(statistics.median, zip(*results, strict=True))
-        print(f"{name:<24}{ms:>12.2f}{reading:>12.1f}{share:>12.1%}{rate:>14.1f}")
+        ms, reads, limit, share, rate = map(statistics.median, zip(*results, strict=True))
+        print(f"{name:<24}{ms:>12.2f}{reads:>12.1f}{limit:>12.1f}{share:>12.1%}{rate:>14.1f}")
     pairs = list(zip(*rows.values(), strict=True))
-    shares = statistics.median([own[2] / other[2] for other, own in pairs])
-    rates = statistics.median([own[3] / other[3] for other, own in pairs])
+    shares = statistics.median([own[3] / other[3] for other, own in pairs])
+    rates = statistics.median([own[4] / other[4] for other, own in pairs])
     print(
         f"ours over theirs: {shares:.2f} x the share of reading, {rates:.2f} x the GOP/s of prompts"
     )
