@@ -248,8 +248,9 @@ void Mapping::prefault(uint64_t offset, uint64_t n) const {
 
 void prefer_huge_pages(void * data, uint64_t n) {
 #if defined(__linux__)
-    if (n < uint64_t(2) << 20) return;                      // not even one
-    const uintptr_t first = (uintptr_t)data / 4096 * 4096;  // advice begins at a page
+    if (n < uint64_t(2) << 20) return;  // not even one
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t first = (uintptr_t)data / page * page;  // advice begins at one
     madvise((void *)first, (size_t)((uintptr_t)data - first + n), MADV_HUGEPAGE);
 #else
     (void)data, (void)n;

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <string>
 
 namespace rwkv {
@@ -42,27 +41,25 @@ static size_t first_bad(const float * x, size_t n) {
 const uint8_t * RowConverter::operator()(size_t first_row, size_t rows, const uint8_t * bytes) {
     const size_t cols = tensor_.cols;
     const size_t in_size = ggml_row_size(tensor_.type, cols), out_size = ggml_row_size(type_, cols);
+    const bool keep = type_ == tensor_.type;  // the rows are only checked
     if (rows > capacity_) {
         weights_.reset(new float[rows * cols]);
-        result_.reset(new uint8_t[rows * out_size]);
+        if (!keep) result_.reset(new uint8_t[rows * out_size]);
         capacity_ = rows;
     }
     Least bad_weight, overflow;
     team_.run(rows, 1, [&](size_t first, size_t last) {
         for (size_t r = first; r < last; r++) {
             const uint8_t * in = bytes + r * in_size;
-            uint8_t * to = result_.get() + r * out_size;
             float * x = weights_.get() + r * cols;
             ggml_dequantize_row(tensor_.type, in, x, cols);
             const size_t bad = first_bad(x, cols);
             if (bad < cols) bad_weight.offer((first_row + r) * cols + bad);
-            if (type_ == tensor_.type) {
-                std::memcpy(to, in, out_size);
-            } else {
-                ggml_quantize_row(type_, x, to, cols);
-                ggml_dequantize_row(type_, to, x, cols);
-                if (first_bad(x, cols) < cols) overflow.offer(first_row + r);
-            }
+            if (keep) continue;
+            uint8_t * to = result_.get() + r * out_size;
+            ggml_quantize_row(type_, x, to, cols);
+            ggml_dequantize_row(type_, to, x, cols);
+            if (first_bad(x, cols) < cols) overflow.offer(first_row + r);
         }
     });
     if (advice_ != nullptr && bad_weight.get() != Least::none) {
@@ -76,7 +73,7 @@ const uint8_t * RowConverter::operator()(size_t first_row, size_t rows, const ui
              "%s: tensor '%s': the weights of row %zu are too large for the scales of %s (%s)",
              file_.path(), tensor_.name.c_str(), (size_t)overflow.get(), type_name(type_), advice_);
     }
-    return result_.get();
+    return keep ? bytes : result_.get();
 }
 
 void quantize_file(const char * path_in, const char * path_out,

@@ -13,7 +13,7 @@
 
 namespace rwkv {
 
-/* The rows of a tensor in another type, by that type's rule. */
+/* The rows of a tensor in another type, by that type's rule; in its own, they are checked only. */
 class RowConverter {
   public:
     /* advice: how to get around the Error about weights that are not finite, or too large for the

@@ -111,12 +111,13 @@ struct rwkv_load_options {
     bool prefault;      /* read mapped pages now rather than with the first token. Default false */
     bool sparse_ffn;   /* FP32 and FP16: a second copy of each ffn.value.weight, by columns, so that
                           a token alone does not read those that its hidden layer has zeros for;
-                          same bits. All weights there have to be finite. Default false */
+                          same bits. All weights there have to be finite; an error where
+                          they are quantized. Default false */
     const char * head; /* "Q4_0" … "Q8_0": an FP32 or FP16 head is quantized while it is loaded, as
-                          rwkv_quantize_file does it, in the newest version's layout. NULL: as it
-                          is in the file */
+                          rwkv_quantize_file does it, in the newest version's layout; an error if
+                          the file has it in another quantized format. NULL: as it is in the file */
     const char * activations; /* of the context: how vectors are rounded that meet quantized
-                                 matrices. NULL or "A16": to 15 bits and a sign. "int8": to 7, which
+                                 matrices. NULL or "A16": to 14 bits and a sign. "int8": to 7, which
                                  reads prompts faster and is less exact */
     rwkv_progress progress;   /* bytes of the file; may be NULL */
     void * progress_user;
@@ -158,7 +159,7 @@ struct rwkv_memory {
     uint32_t size;
     uint64_t file;    /* size of the file */
     uint64_t mapped;  /* of which stays mapped and is read with each token or row */
-    uint64_t weights; /* private memory of the model: vectors, repacked matrices */
+    uint64_t weights; /* private memory of the model: vectors, repacked or copied matrices */
     uint64_t scratch; /* private memory of one context, once prompts of 256 tokens have been read */
     uint64_t state;   /* one state */
     uint64_t token;   /* what every token reads of the weights (sparse_ffn: at most); since 1001 */

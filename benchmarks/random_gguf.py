@@ -2,7 +2,7 @@
 
 python benchmarks/random_gguf.py model.gguf
 
-As many layers and as wide as RWKV-4 1B5: 24 layers of 2048. Needs https://pypi.org/project/gguf.
+As many layers and as wide as RWKV-4 1B5: 24 layers of 2048. Needs the package gguf.
 """
 
 import sys

@@ -51,7 +51,7 @@ def random_weights(n_vocab: int, n_embed: int, n_layer: int) -> dict[str, torch.
 
 
 def rwkv(arguments: argparse.Namespace) -> Works:
-    """https://pypi.org/project/rwkv"""
+    """The package rwkv."""
     os.environ["RWKV_JIT_ON"], os.environ["RWKV_CUDA_ON"] = "1", "0"
     from rwkv.model import RWKV
 
@@ -68,7 +68,7 @@ def rwkv(arguments: argparse.Namespace) -> Works:
 
 
 def transformers(arguments: argparse.Namespace) -> Works:
-    """https://pypi.org/project/transformers; logits of all tokens of the prompt, it offers no
+    """The package transformers; logits of all tokens of the prompt, it offers no
     other."""
     from transformers import RwkvConfig, RwkvForCausalLM
 

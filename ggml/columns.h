@@ -28,7 +28,7 @@ GGML_INLINE size_t ggml_column(size_t cols, size_t k) {
 }
 
 enum {
-    GGML_COLUMNS = 8192,   /* are searched for zeros at a time */
+    GGML_COLUMNS = 2048,   /* are searched for zeros at a time */
     GGML_COLUMNS_AHEAD = 4 /* are fetched before they are needed */
 };
 

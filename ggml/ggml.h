@@ -104,7 +104,7 @@ void ggml_pack_columns(enum ggml_type type, size_t rows, size_t cols, const void
 
 /* ---- Kernels -------------------------------------------------------------------------------- */
 
-/* How finely a vector that meets a quantized matrix is rounded: 15 bits or 7, and a sign. */
+/* How finely a vector that meets a quantized matrix is rounded: to 14 bits or 7, and a sign. */
 enum ggml_activations { GGML_A16, GGML_A8 };
 
 /* n vectors that matrices are applied to. */

@@ -1,6 +1,4 @@
-/* The arithmetic in AVX2, FMA and F16C. A stripe's 16 rows are two registers of 8 lanes; integers
- * are multiplied as 16-bit numbers (vpmaddwd), so that one pass takes an activation's 15 bits
- * whole. */
+/* The arithmetic in AVX2, FMA and F16C. A stripe's 16 rows are two registers of 8 lanes. */
 #include <float.h>
 #include <immintrin.h>
 #include <string.h>

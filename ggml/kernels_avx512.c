@@ -1,6 +1,6 @@
 /* The arithmetic in AVX-512 with VNNI. A stripe's 16 rows are one register; integers are multiplied
- * as bytes (vpdpbusd: unsigned codes, signed activations), in two passes over an activation's high
- * and low part. */
+ * as bytes (vpdpbusd: unsigned codes, signed activations), in one pass over an activation's high
+ * and one over its low part; GGML_A8 has no low part. */
 #include <float.h>
 #include <immintrin.h>
 #include <string.h>
@@ -314,12 +314,12 @@ GGML_INLINE void float_tile_times(bool wide, int rows, int n, const uint8_t * w,
         for (int i = 0; i < n; i++) sums[(size_t)r * part][i] = acc[r][i];
 }
 
-/* Rows [first, last), at most BLOCK, times n vectors from t on, n a constant. */
+/* Rows [first, last), at most BLOCK, times n vectors from t on, n a constant; panel and sums are
+ * memory for it. */
 GGML_INLINE void float_block_times(bool wide, int n, const struct ggml_matrix * w,
                                    const struct ggml_input * in, size_t t, float * y, size_t ldy,
-                                   size_t first, size_t last) {
-    _Alignas(64) float panel[DEPTH * GROUP];
-    __m512 sums[BLOCK][GROUP];
+                                   size_t first, size_t last, float * panel,
+                                   __m512 (*sums)[GROUP]) {
     const size_t rows = last - first, part = rows / TILE, row_size = w->cols * (wide ? 4 : 2);
     for (size_t r = 0; r < rows; r++)
         for (int i = 0; i < n; i++) sums[r][i] = _mm512_setzero_ps();
@@ -341,6 +341,8 @@ GGML_INLINE void float_block_times(bool wide, int n, const struct ggml_matrix * 
 /* Vectors in groups of about the same size, so that no odd number is much slower. */
 GGML_INLINE void matmul_rows(bool wide, const struct ggml_matrix * w, const struct ggml_input * in,
                              float * y, size_t ldy, size_t first, size_t last) {
+    _Alignas(64) float panel[DEPTH * GROUP];
+    __m512 sums[BLOCK][GROUP];
     size_t n;
     for (size_t t = 0; t < in->n; t += n) {
         const size_t left = in->n - t, groups = (left + GROUP - 1) / GROUP;
@@ -350,7 +352,7 @@ GGML_INLINE void matmul_rows(bool wide, const struct ggml_matrix * w, const stru
             switch (n) {
 #define GROUP_OF(N)                                                                                \
     case N:                                                                                        \
-        float_block_times(wide, N, w, in, t, y, ldy, row, end);                                    \
+        float_block_times(wide, N, w, in, t, y, ldy, row, end, panel, sums);                       \
         break
                 GROUP_OF(2);
                 GROUP_OF(3);

@@ -1,14 +1,13 @@
 /* The arithmetic in NEON with dot products (Armv8.2). A stripe's 16 rows are four groups of four,
  * a register each; a group's codes are taken apart once and stay in registers while they meet the
  * activations of all vectors: sdot multiplies the bytes of four weights with a lane of four
- * activations, which are 128 * hi + lo. */
+ * activations, which are 128 * hi + lo, or hi alone. */
 #include <arm_neon.h>
 #include <float.h>
 #include <math.h>
 #include <string.h>
 
 #include "cpu.h"
-#include "fp16.h"
 #include "kernels.h"
 
 /* ---- Quantized matrices --------------------------------------------------------------------- */

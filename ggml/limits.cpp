@@ -18,7 +18,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr size_t STEP = 4096;                       // bytes: 4 streams of 1024
 constexpr size_t MULTIPLY_ADDS = 1024 * 12 * 4096;  // of a thread: some milliseconds
-constexpr unsigned PARTS = 8;                       // that a thread's share is cut into
+constexpr unsigned PARTS = 8;                       // of a thread's share: the shortest piece
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
 constexpr auto LONG_ENOUGH = std::chrono::milliseconds(10);
 

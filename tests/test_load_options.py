@@ -70,3 +70,20 @@ def test_unknown_head(path, name):
     done = rwkv(name, "-m", path, "--head", "q9_9")
     assert done.returncode == 1
     assert "unknown format 'Q9_9' (choose from Q4_0, " in done.stderr
+
+
+def test_sparse_ffn(tmp_path, path):
+    plain, text = tmp_path / "FP16.bin", tmp_path / "text.txt"
+    write_model(plain, random_model(2, n_vocab=256, n_embed=64, n_layer=2), "FP16")
+    text.write_bytes(TEXT.encode())
+    losses = [
+        json.loads(rwkv("perplexity", text, "-m", plain, "--json", *option).stdout)
+        for option in ([], ["--sparse-ffn"])
+    ]
+    assert losses[0]["loss_per_token"] == losses[1]["loss_per_token"]
+    library = load_rwkv_shared_library()
+    total = megabytes(library.rwkv_estimate(plain, sparse_ffn=True).total)
+    assert total != megabytes(library.rwkv_estimate(plain).total)
+    assert f"memory   {total}: " in rwkv("info", "-m", plain, "--sparse-ffn").stdout
+    assert "Q5_1" in rwkv("info", "-m", path, "--sparse-ffn").stderr
+    assert "all formats" in rwkv("info", "--sizes", "--sparse-ffn").stderr
