@@ -46,6 +46,22 @@ GGML_INLINE struct ggml_stripe_block ggml_stripe_block(enum ggml_type type) {
     return at;
 }
 
+/* Of a level's table: F(TYPE) for each kind of stripe, to define matmul_TYPE, and the entries that
+ * these are. Q5_0 and Q5_1 have the same stripes in both versions. */
+#define GGML_QUANTIZED(F)                                                                          \
+    F(Q4_0_V100)                                                                                   \
+    F(Q4_1_V100)                                                                                   \
+    F(Q4_1_O)                                                                                      \
+    F(Q4_2) F(Q4_3) F(Q4_0) F(Q4_1) F(Q5_0) F(Q5_1) F(Q8_0_V100) F(Q8_0)
+
+#define GGML_QUANTIZED_ENTRIES                                                                     \
+    [GGML_TYPE_Q4_0_V100] = matmul_Q4_0_V100, [GGML_TYPE_Q4_1_V100] = matmul_Q4_1_V100,            \
+    [GGML_TYPE_Q4_1_O] = matmul_Q4_1_O, [GGML_TYPE_Q4_2] = matmul_Q4_2,                            \
+    [GGML_TYPE_Q4_3] = matmul_Q4_3, [GGML_TYPE_Q5_0_V100] = matmul_Q5_0,                           \
+    [GGML_TYPE_Q5_1_V100] = matmul_Q5_1, [GGML_TYPE_Q8_0_V100] = matmul_Q8_0_V100,                 \
+    [GGML_TYPE_Q4_0] = matmul_Q4_0, [GGML_TYPE_Q4_1] = matmul_Q4_1,                                \
+    [GGML_TYPE_Q5_0] = matmul_Q5_0, [GGML_TYPE_Q5_1] = matmul_Q5_1, [GGML_TYPE_Q8_0] = matmul_Q8_0
+
 /* ---- Activations ---------------------------------------------------------------------------- */
 
 /* 32 activations, a_k * d. Whoever multiplies 16-bit numbers takes `a`: within each group of four

@@ -252,17 +252,7 @@ GGML_INLINE void matmul_tiles(enum ggml_type type, enum ggml_activations activat
         }                                                                                          \
     }
 
-INSTANCE(Q4_0_V100)
-INSTANCE(Q4_1_V100)
-INSTANCE(Q4_1_O)
-INSTANCE(Q4_2)
-INSTANCE(Q4_3)
-INSTANCE(Q4_0)
-INSTANCE(Q4_1)
-INSTANCE(Q5_0)
-INSTANCE(Q5_1)
-INSTANCE(Q8_0_V100)
-INSTANCE(Q8_0)
+GGML_QUANTIZED(INSTANCE)
 
 const struct ggml_kernels ggml_kernels_amx = {
     .isa = "amx",
@@ -270,18 +260,6 @@ const struct ggml_kernels ggml_kernels_amx = {
              CPU_AVX512VL | CPU_AVX512VNNI | CPU_AMX_INT8,
     .matmul =
         {
-            [GGML_TYPE_Q4_0_V100] = matmul_Q4_0_V100,
-            [GGML_TYPE_Q4_1_V100] = matmul_Q4_1_V100,
-            [GGML_TYPE_Q4_1_O] = matmul_Q4_1_O,
-            [GGML_TYPE_Q4_2] = matmul_Q4_2,
-            [GGML_TYPE_Q4_3] = matmul_Q4_3,
-            [GGML_TYPE_Q5_0_V100] = matmul_Q5_0,
-            [GGML_TYPE_Q5_1_V100] = matmul_Q5_1,
-            [GGML_TYPE_Q8_0_V100] = matmul_Q8_0_V100,
-            [GGML_TYPE_Q4_0] = matmul_Q4_0,
-            [GGML_TYPE_Q4_1] = matmul_Q4_1,
-            [GGML_TYPE_Q5_0] = matmul_Q5_0,
-            [GGML_TYPE_Q5_1] = matmul_Q5_1,
-            [GGML_TYPE_Q8_0] = matmul_Q8_0,
+            GGML_QUANTIZED_ENTRIES,
         },
 };

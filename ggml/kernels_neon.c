@@ -173,17 +173,7 @@ GGML_INLINE void matmul_stripes(enum ggml_type type, enum ggml_activations activ
         }                                                                                          \
     }
 
-INSTANCE(Q4_0_V100)
-INSTANCE(Q4_1_V100)
-INSTANCE(Q4_1_O)
-INSTANCE(Q4_2)
-INSTANCE(Q4_3)
-INSTANCE(Q4_0)
-INSTANCE(Q4_1)
-INSTANCE(Q5_0)
-INSTANCE(Q5_1)
-INSTANCE(Q8_0_V100)
-INSTANCE(Q8_0)
+GGML_QUANTIZED(INSTANCE)
 
 /* ---- FP32 and FP16 matrices ----------------------------------------------------------------- */
 
@@ -518,19 +508,7 @@ const struct ggml_kernels ggml_kernels_neon = {
         {
             [GGML_TYPE_FP32] = matmul_FP32,
             [GGML_TYPE_FP16] = matmul_FP16,
-            [GGML_TYPE_Q4_0_V100] = matmul_Q4_0_V100,
-            [GGML_TYPE_Q4_1_V100] = matmul_Q4_1_V100,
-            [GGML_TYPE_Q4_1_O] = matmul_Q4_1_O,
-            [GGML_TYPE_Q4_2] = matmul_Q4_2,
-            [GGML_TYPE_Q4_3] = matmul_Q4_3,
-            [GGML_TYPE_Q5_0_V100] = matmul_Q5_0,
-            [GGML_TYPE_Q5_1_V100] = matmul_Q5_1,
-            [GGML_TYPE_Q8_0_V100] = matmul_Q8_0_V100,
-            [GGML_TYPE_Q4_0] = matmul_Q4_0,
-            [GGML_TYPE_Q4_1] = matmul_Q4_1,
-            [GGML_TYPE_Q5_0] = matmul_Q5_0,
-            [GGML_TYPE_Q5_1] = matmul_Q5_1,
-            [GGML_TYPE_Q8_0] = matmul_Q8_0,
+            GGML_QUANTIZED_ENTRIES,
         },
     .layer_norm = layer_norm,
     .lerp = lerp,
