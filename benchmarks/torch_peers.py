@@ -9,13 +9,12 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rwkv_cpp.bench import seconds_of
 
-SECONDS = 0.5  # that each figure is measured for at least
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Works = dict[str, Callable[[], object]]
@@ -95,17 +94,6 @@ def transformers(arguments: argparse.Namespace) -> Works:
     }
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Of one call."""
-    began = time.perf_counter()
-    count, taken = 0, 0.0
-    while taken < SECONDS:
-        call()
-        count += 1
-        taken = time.perf_counter() - began
-    return taken / count
-
-
 def main() -> None:
     packages = {"rwkv": rwkv, "transformers": transformers}
     parser = argparse.ArgumentParser(description=__doc__)
@@ -121,7 +109,9 @@ def main() -> None:
         for work in works.values():  # warm up
             work()
         for _ in sys.stdin:
-            print(json.dumps({k: seconds(v) for k, v in works.items()}), file=answers, flush=True)
+            print(
+                json.dumps({k: seconds_of(v) for k, v in works.items()}), file=answers, flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -365,14 +365,14 @@ def measure_round(
     batch(max(BATCHES))  # makes room for so many
     return Round(
         limits,
-        _seconds(decode),
-        _seconds(prompt),
-        {n: _seconds(lambda n=n: batch(n)) for n in BATCHES},
+        seconds_of(decode),
+        seconds_of(prompt),
+        {n: seconds_of(lambda n=n: batch(n)) for n in BATCHES},
         watch.read(),
     )
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
     """Of one call."""
     began = time.perf_counter()
     count, taken = 0, 0.0
