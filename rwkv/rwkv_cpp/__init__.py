@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import (
+        ForeignState,
         NonFiniteLogits,
         RWKVError,
         RWKVFileError,
@@ -23,14 +24,18 @@ if TYPE_CHECKING:
     )
     from .library import RWKVSharedLibrary, load_rwkv_shared_library
     from .model import RWKVModel, RWKVResult, RWKVSequence
+    from .prefix_cache import PrefixCache
     from .sampling import sample_logits
+    from .state import State, StateNotice
     from .tokenizer import load_tokenizer
 
 __version__ = "0.1.0"
 
 # Where each public name lives.
 _HOMES = {
+    "ForeignState": "errors",
     "NonFiniteLogits": "errors",
+    "PrefixCache": "prefix_cache",
     "RWKVError": "errors",
     "RWKVFileError": "errors",
     "RWKVLibraryNotFound": "errors",
@@ -38,6 +43,8 @@ _HOMES = {
     "RWKVResult": "model",
     "RWKVSequence": "model",
     "RWKVSharedLibrary": "library",
+    "State": "state",
+    "StateNotice": "state",
     "VocabularyNotFound": "errors",
     "load_rwkv_shared_library": "library",
     "load_tokenizer": "tokenizer",
@@ -45,7 +52,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "ForeignState",
     "NonFiniteLogits",
+    "PrefixCache",
     "RWKVError",
     "RWKVFileError",
     "RWKVLibraryNotFound",
@@ -53,6 +62,8 @@ __all__ = [
     "RWKVResult",
     "RWKVSequence",
     "RWKVSharedLibrary",
+    "State",
+    "StateNotice",
     "VocabularyNotFound",
     "load_rwkv_shared_library",
     "load_tokenizer",

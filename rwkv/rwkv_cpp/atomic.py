@@ -18,9 +18,10 @@ from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Yield a binary file, readable and seekable, that takes the place of `path` at the end.
 
+    mode: its permissions, of which the umask takes away some.
     On an exception (SIGINT and SIGTERM raise one) the temporary file is removed and `path` stays
     as it was. Temporary files that killed runs left for the same target are removed first.
     Raises OSError where `path` cannot be written or is something else than a regular file.
@@ -30,7 +31,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with _termination_as_exception():
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
-        file = os.fdopen(os.open(temporary, flags, 0o666), "w+b")
+        file = os.fdopen(os.open(temporary, flags, mode), "w+b")
         try:
             yield file
             file.flush()

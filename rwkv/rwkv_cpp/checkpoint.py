@@ -34,21 +34,23 @@ class _Type(NamedTuple):
     size: int  # bytes
     torch_storage: str
     safetensors: str
-    weight: np.dtype | None = None  # how numpy reads it, None where it cannot be a weight
+    numpy: np.dtype
+    is_weight: bool = False
 
 
 _TYPES = (
-    _Type("float32", 4, "FloatStorage", "F32", np.dtype("<f4")),
-    _Type("float16", 2, "HalfStorage", "F16", np.dtype("<f2")),
-    _Type("bfloat16", 2, "BFloat16Storage", "BF16", np.dtype("<u2")),  # the upper half of a float32
-    _Type("float64", 8, "DoubleStorage", "F64", np.dtype("<f8")),
-    _Type("int8", 1, "CharStorage", "I8"),
-    _Type("uint8", 1, "ByteStorage", "U8"),
-    _Type("int16", 2, "ShortStorage", "I16"),
-    _Type("int32", 4, "IntStorage", "I32"),
-    _Type("int64", 8, "LongStorage", "I64"),
-    _Type("bool", 1, "BoolStorage", "BOOL"),
-    _Type("complex64", 8, "ComplexFloatStorage", "C64"),
+    _Type("float32", 4, "FloatStorage", "F32", np.dtype("<f4"), True),
+    _Type("float16", 2, "HalfStorage", "F16", np.dtype("<f2"), True),
+    # bfloat16, the upper half of a float32, is unknown to numpy
+    _Type("bfloat16", 2, "BFloat16Storage", "BF16", np.dtype("<u2"), True),
+    _Type("float64", 8, "DoubleStorage", "F64", np.dtype("<f8"), True),
+    _Type("int8", 1, "CharStorage", "I8", np.dtype("i1")),
+    _Type("uint8", 1, "ByteStorage", "U8", np.dtype("u1")),
+    _Type("int16", 2, "ShortStorage", "I16", np.dtype("<i2")),
+    _Type("int32", 4, "IntStorage", "I32", np.dtype("<i4")),
+    _Type("int64", 8, "LongStorage", "I64", np.dtype("<i8")),
+    _Type("bool", 1, "BoolStorage", "BOOL", np.dtype("?")),
+    _Type("complex64", 8, "ComplexFloatStorage", "C64", np.dtype("<c8")),
 )
 
 
@@ -115,8 +117,8 @@ class Checkpoint:
         the file was written to since it was opened.
         """
         tensor = self._tensors[key]
-        kind = tensor.type.weight
-        if kind is None:
+        kind = tensor.type.numpy
+        if not tensor.type.is_weight:
             raise RWKVFileError(
                 f"{self.path}: {key}: is {tensor.type.name}, "
                 "expected float32, float16, bfloat16 or float64"
@@ -166,7 +168,7 @@ def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
         if head[:4] == b"PK\x03\x04":
             root, storages = _read_zip_checkpoint(file, size)
         elif head[4:9] == b"\0\0\0\0{":  # the length before may begin with a pickle's byte
-            root, storages = _read_safetensors(file, size)
+            _, root, storages = _read_safetensors(file, size)
         elif head[:1] == b"\x80":
             root, storages = _read_legacy_checkpoint(file, size)
         else:
@@ -195,26 +197,36 @@ def write_safetensors(
     layout: the type (float32 or float16) and the shape of each tensor, in the order of the header.
     read:   gives the array of a tensor, called once for each.
     """
-    codes = {each.weight: each.safetensors for each in _TYPES if each.weight}
-    # The data goes by falling size of the elements, so that every tensor is aligned.
-    order = sorted(layout, key=lambda key: -layout[key][0].itemsize)
-    offsets = {}
-    end = 0
-    for key in order:
-        dtype, shape = layout[key]
-        offsets[key] = [end, end := end + dtype.itemsize * math.prod(shape)]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for key, (dtype, shape) in layout.items():
-        header[key] = {"dtype": codes[dtype], "shape": shape, "data_offsets": offsets[key]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    head, order = _safetensors_head(layout, {"format": "pt"})
     with replacing(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(head)
         for key in order:
             array = read(key)
             if (array.dtype, array.shape) != layout[key]:
                 raise ValueError(f"{key}: {array.dtype} {array.shape}, declared as {layout[key]}")
             file.write(np.ascontiguousarray(array).data)
+
+
+def pack_safetensors(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file with these arrays, for files that fit into memory."""
+    layout = {key: (array.dtype, array.shape) for key, array in arrays.items()}
+    head, order = _safetensors_head(layout, metadata)
+    return head + b"".join(arrays[key].tobytes() for key in order)
+
+
+def unpack_safetensors(data: bytes) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The metadata and the arrays, read-only, of a safetensors file that is in memory.
+
+    bfloat16 comes as uint16. Raises ValueError if the structure is not sound.
+    """
+    metadata, tensors, storages = _read_safetensors(io.BytesIO(data), len(data))
+    arrays = {
+        key: np.frombuffer(
+            data, tensor.type.numpy, math.prod(tensor.shape), storages[key].offset
+        ).reshape(tensor.shape)
+        for key, tensor in tensors.items()
+    }
+    return metadata, arrays
 
 
 # ---- which tensors of the file ------------------------------------------------------------------
@@ -263,7 +275,7 @@ def _is_plain(name: str) -> bool:
     return name.isascii() and name.isprintable()
 
 
-def _listing(root: dict) -> str:
+def _listing(root: dict[Any, Any]) -> str:
     shown = [
         f"{shorten(name)} ({_describe(value)})"
         for name, value in itertools.islice(root.items(), 12)
@@ -340,7 +352,7 @@ def _rebuild_parameter(data: Any, requires_grad: Any, backward_hooks: Any) -> _T
     return data
 
 
-def _ordered_dict(items: Any = ()) -> dict:
+def _ordered_dict(items: Any = ()) -> dict[str, Any]:
     if not isinstance(items, list | tuple):
         raise ValueError(f"OrderedDict of {shorten(items)}")
     result = {}
@@ -488,8 +500,31 @@ def _read_legacy_checkpoint(file: BinaryIO, size: int) -> tuple[Any, dict[str, E
 _MAX_JSON = 1 << 22
 
 
-def _read_safetensors(file: BinaryIO, size: int) -> tuple[dict, dict[str, Extent]]:
-    """The length of the header in eight bytes, the header in JSON, the data without gaps."""
+def _safetensors_head(
+    layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[str]]:
+    """All that stands before the data, and the keys in the order of the data."""
+    codes = {each.numpy: each.safetensors for each in _TYPES}
+    # The data goes by falling size of the elements, so that every tensor is aligned.
+    order = sorted(layout, key=lambda key: -layout[key][0].itemsize)
+    offsets = {}
+    end = 0
+    for key in order:
+        dtype, shape = layout[key]
+        offsets[key] = [end, end := end + dtype.itemsize * math.prod(shape)]
+    header: dict[str, Any] = {"__metadata__": metadata}
+    for key, (dtype, shape) in layout.items():
+        header[key] = {"dtype": codes[dtype], "shape": shape, "data_offsets": offsets[key]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, order
+
+
+def _read_safetensors(
+    file: BinaryIO, size: int
+) -> tuple[dict[str, str], dict[str, _Tensor], dict[str, Extent]]:
+    """The metadata and the tensors of a file: the length of its header in eight bytes, the header
+    in JSON, the data without gaps."""
     (length,) = unpack(struct.Struct("<Q"), file, 0)
     if not 2 <= length <= min(size - 8, _MAX_JSON):
         raise ValueError(
@@ -506,6 +541,8 @@ def _read_safetensors(file: BinaryIO, size: int) -> tuple[dict, dict[str, Extent
         raise ValueError("the safetensors header is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"the safetensors header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError("the safetensors header is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__ of the safetensors header must map strings to strings")
@@ -528,7 +565,7 @@ def _read_safetensors(file: BinaryIO, size: int) -> tuple[dict, dict[str, Extent
         end += storage.nbytes
     if end != size:
         raise ValueError(f"the tensors end at offset {end}, the file at {size}")
-    return tensors, storages
+    return metadata, tensors, storages
 
 
 def _safetensors_entry(name: str, entry: Any, base: int) -> tuple[_Tensor, Extent]:

