@@ -33,11 +33,11 @@ CORE_FLOORS = [
 ]
 FLOORS = [
     {"errors", "load_options"},
-    {"archive", "atomic", "library", "pickles", "sampling"},
+    {"archive", "atomic", "choosing", "library", "philox", "pickles"},
     {"ggmf", "model", "tokenizer"},
-    {"checkpoint", "fingerprint"},
-    {"state_layouts"},
-    {"state"},
+    {"checkpoint", "fingerprint", "grammar"},
+    {"sampling", "state_layouts"},
+    {"sampling_options", "state"},
     {"prefix_cache"},
     {"convert", "generate", "info", "perplexity", "quantize", "train"},
     {"bench"},
@@ -50,6 +50,7 @@ ONLY_IN = {
     "matplotlib": {"bench", "train"},
     "tokenizers": {"tokenizer"},
     "huggingface_hub": {"tokenizer"},
+    "llguidance": {"grammar"},
     "pickle": set(),
 }
 

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from .library import RWKVSharedLibrary, load_rwkv_shared_library
     from .model import RWKVModel, RWKVResult, RWKVSequence
     from .prefix_cache import PrefixCache
-    from .sampling import sample_logits
+    from .sampling import (
+        Sampler,
+        Sampling,
+        TokenLogprob,
+        log_softmax,
+        sample_logits,
+        top_logprobs,
+    )
     from .state import State, StateNotice
     from .tokenizer import load_tokenizer
 
@@ -43,12 +50,17 @@ _HOMES = {
     "RWKVResult": "model",
     "RWKVSequence": "model",
     "RWKVSharedLibrary": "library",
+    "Sampler": "sampling",
+    "Sampling": "sampling",
     "State": "state",
     "StateNotice": "state",
+    "TokenLogprob": "sampling",
     "VocabularyNotFound": "errors",
     "load_rwkv_shared_library": "library",
     "load_tokenizer": "tokenizer",
+    "log_softmax": "sampling",
     "sample_logits": "sampling",
+    "top_logprobs": "sampling",
 }
 
 __all__ = [
@@ -62,12 +74,17 @@ __all__ = [
     "RWKVResult",
     "RWKVSequence",
     "RWKVSharedLibrary",
+    "Sampler",
+    "Sampling",
     "State",
     "StateNotice",
+    "TokenLogprob",
     "VocabularyNotFound",
     "load_rwkv_shared_library",
     "load_tokenizer",
+    "log_softmax",
     "sample_logits",
+    "top_logprobs",
 ]
 
 

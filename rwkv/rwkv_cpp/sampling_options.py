@@ -1,0 +1,94 @@
+"""The options of every command that samples: one for each field of Sampling."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .sampling import FIELDS, FieldInfo, Sampling
+
+Command = Callable[..., Any]
+
+
+def sampling_options(command: Command) -> Command:
+    """Adds the options to a command, which gets them together as `sampling`, a Sampling."""
+
+    def with_options(*arguments: Any, **given: Any) -> Any:
+        values = {name: given.pop(name) for name in FIELDS}
+        values["logit_bias"] = dict(values["logit_bias"])
+        try:
+            sampling = Sampling(**values)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+        return command(*arguments, sampling=sampling, **given)
+
+    decorated: Command = functools.wraps(command)(with_options)
+    for name, info in reversed(FIELDS.items()):
+        decorated = _option(name, info)(decorated)
+    return decorated
+
+
+def option_name(name: str, info: FieldInfo) -> str:
+    """How a field is written on the command line."""
+    return info.option or "--" + name.replace("_", "-")
+
+
+def _option(name: str, info: FieldInfo) -> Callable[[Command], Command]:
+    repeated = info.kind in ("biases", "tokens")
+    kind, metavar = _KINDS[info.kind]
+    return click.option(
+        option_name(name, info),
+        name,
+        type=kind(info),
+        metavar=metavar,
+        multiple=repeated,
+        default=() if repeated else getattr(Sampling, name),
+        show_default=not repeated and getattr(Sampling, name) is not None,
+        help=info.help + (" May be repeated." if repeated else ""),
+    )
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a token's id, '=' and a number") from None
+
+
+def _text_or_file(text: str) -> str:
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text("utf-8")
+    except OSError as error:
+        raise click.BadParameter(f"'{text[1:]}': {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise click.BadParameter(f"'{text[1:]}': not UTF-8") from None
+
+
+# What a field's kind is on the command line: how a value is read, and what it is called in the help
+# where click does not know.
+_KINDS: dict[str, tuple[Callable[[FieldInfo], Any], str | None]] = {
+    "float": (
+        lambda info: click.FloatRange(_end(info.low), _end(info.high), min_open=info.without_low),
+        None,
+    ),
+    "int": (lambda info: click.IntRange(_end(info.low), _end(info.high)), None),
+    "seed": (lambda info: click.IntRange(_end(info.low), _end(info.high)), None),
+    "biases": (lambda info: _bias, "ID=VALUE"),
+    "tokens": (lambda info: click.IntRange(min=0), "ID"),
+    "json": (lambda info: _text_or_file, "TEXT|@FILE"),
+    "lark": (lambda info: _text_or_file, "TEXT|@FILE"),
+    "regex": (lambda info: str, "TEXT"),
+}
+
+
+def _end(bound: float) -> Any:
+    """An end of a range, None where there is none."""
+    return None if math.isinf(bound) else bound
