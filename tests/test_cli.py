@@ -3,12 +3,15 @@
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
 import rwkv_cpp
 from commands import CONSOLE, environment, run, rwkv
 from rwkv_cpp import cli
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def test_help_is_quick_because_it_imports_little():
@@ -39,6 +42,13 @@ def test_table_has_the_commands_own_words(name):
         assert len(command.get_help(ctx)) > 200
 
 
+def test_page_of_help_texts():
+    done = run([sys.executable, DOCS / "cli.py"])
+    assert done.stderr == ""
+    if done.stdout != (DOCS / "cli.md").read_text("utf-8"):
+        pytest.fail("renew the page: PYTHONPATH=rwkv python docs/cli.py > docs/cli.md")
+
+
 def test_help_and_version():
     for flag in ("-h", "--help"):
         for arguments in ([flag], ["quantize", flag]):
@@ -61,6 +71,7 @@ def test_help_and_version():
         ["generate", "x", "--top-p", "2"],
         ["generate", "x", "-n", "many"],
         ["quantize", "a", "b", "Q4_0", "--file-version", "102"],
+        ["pull"],
     ],
 )
 def test_wrong_usage(arguments):
@@ -78,6 +89,7 @@ def test_wrong_usage(arguments):
         ["generate", "x", "-m", "."],
         ["perplexity", "missing.txt"],
         ["info", "-m", "missing.bin"],
+        ["pull", "nonsense"],
         ["quantize", "missing.bin", "target.bin", "Q4_0"],
         ["convert", "missing.pth", "target.bin"],
     ],

@@ -32,15 +32,19 @@ CORE_FLOORS = [
     {"quantize_file.h"},
 ]
 FLOORS = [
-    {"errors", "load_options"},
+    {"errors", "progress", "registry"},
     {"archive", "atomic", "choosing", "library", "philox", "pickles"},
     {"ggmf", "model", "tokenizer"},
     {"checkpoint", "fingerprint", "grammar"},
     {"sampling", "state_layouts"},
     {"sampling_options", "state"},
     {"prefix_cache"},
-    {"convert", "generate", "info", "perplexity", "quantize", "train"},
-    {"bench"},
+    {"convert", "quantize", "train"},
+    {"download", "models"},
+    {"load_options"},
+    {"info", "perplexity"},
+    {"bench", "pull"},
+    {"generate"},
     {"cli"},
     {"__main__"},
 ]
@@ -49,7 +53,7 @@ ONLY_IN = {
     "torch": {"train"},
     "matplotlib": {"bench", "train"},
     "tokenizers": {"tokenizer"},
-    "huggingface_hub": {"tokenizer"},
+    "huggingface_hub": {"download", "tokenizer"},
     "llguidance": {"grammar"},
     "pickle": set(),
 }

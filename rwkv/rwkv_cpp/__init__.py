@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import (
+        DownloadFailed,
         ForeignState,
+        ModelNotFound,
         NonFiniteLogits,
         RWKVError,
         RWKVFileError,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     )
     from .library import RWKVSharedLibrary, load_rwkv_shared_library
     from .model import RWKVModel, RWKVResult, RWKVSequence
+    from .models import find_model
     from .prefix_cache import PrefixCache
     from .sampling import (
         Sampler,
@@ -40,7 +43,9 @@ __version__ = "0.1.0"
 
 # Where each public name lives.
 _HOMES = {
+    "DownloadFailed": "errors",
     "ForeignState": "errors",
+    "ModelNotFound": "errors",
     "NonFiniteLogits": "errors",
     "PrefixCache": "prefix_cache",
     "RWKVError": "errors",
@@ -56,6 +61,7 @@ _HOMES = {
     "StateNotice": "state",
     "TokenLogprob": "sampling",
     "VocabularyNotFound": "errors",
+    "find_model": "models",
     "load_rwkv_shared_library": "library",
     "load_tokenizer": "tokenizer",
     "log_softmax": "sampling",
@@ -64,7 +70,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "DownloadFailed",
     "ForeignState",
+    "ModelNotFound",
     "NonFiniteLogits",
     "PrefixCache",
     "RWKVError",
@@ -80,6 +88,7 @@ __all__ = [
     "StateNotice",
     "TokenLogprob",
     "VocabularyNotFound",
+    "find_model",
     "load_rwkv_shared_library",
     "load_tokenizer",
     "log_softmax",

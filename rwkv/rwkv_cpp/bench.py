@@ -10,6 +10,7 @@ share is the median of each round's share.
 from __future__ import annotations
 
 import errno
+import functools
 import importlib.util
 import itertools
 import json
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from .atomic import replacing
 from .convert import BLOCK_TENSORS, TENSORS
 from .ggmf import DTYPES, FP16, FP32, Header, Writer, read_index
-from .info import SIZES, megabytes
+from .info import megabytes
 from .library import (
     MAX_THREADS,
     Limits,
@@ -42,9 +43,10 @@ from .library import (
     RWKVSharedLibrary,
     load_rwkv_shared_library,
 )
-from .load_options import load_options
+from .load_options import load_options, model_option
 from .model import RWKVModel, RWKVSequence, embedded_model
 from .quantize import quantize_file
+from .registry import SIZES
 
 T = TypeVar("T")
 Report = Callable[[str], object]
@@ -564,7 +566,7 @@ def _threads(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 
 
 @click.command()
-@click.option("-m", "--model", "path", type=click.Path(path_type=Path), help="[default: embedded]")
+@functools.partial(model_option, quantize=False)
 @click.option("--shape", type=click.Choice(list(SIZES)), help="A released size, random weights.")
 @click.option(
     "--format",
@@ -589,7 +591,7 @@ def _threads(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 )
 @load_options
 def command(
-    path: Path | None,
+    model_path: Path | None,
     shape: str | None,
     formats: tuple[str, ...],
     threads: list[int | None],
@@ -608,7 +610,7 @@ def command(
     rwkv bench -m model.bin
     rwkv bench --shape 1B5 --format FP16 --format Q4_0 --threads 1,2
     """
-    if path is not None and shape is not None:
+    if model_path is not None and shape is not None:
         raise click.UsageError("--model and --shape exclude each other")
     if picture is not None and importlib.util.find_spec("matplotlib") is None:
         raise click.UsageError("--plot needs matplotlib: pip install 'rwkv-ggml[plot]'")
@@ -620,7 +622,7 @@ def command(
         if shape is not None:
             models = shape_models(library, shape, formats or ("Q4_0",), report)
         else:
-            models = file_models(library, path or embedded_model(), formats, report)
+            models = file_models(library, model_path or embedded_model(), formats, report)
         results = [
             measure_model(library, machine, *model, report, **options).figures() for model in models
         ]

@@ -154,6 +154,12 @@ class Checkpoint:
         self._verified.add(name)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file begins as a checkpoint does."""
+    with open_regular(path) as file:
+        return _reader(file.read(512)) is not None
+
+
 def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
     """Open a checkpoint and check its structure.
 
@@ -165,14 +171,10 @@ def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
     try:
         head = file.read(512)
         size = os.fstat(file.fileno()).st_size
-        if head[:4] == b"PK\x03\x04":
-            root, storages = _read_zip_checkpoint(file, size)
-        elif head[4:9] == b"\0\0\0\0{":  # the length before may begin with a pickle's byte
-            _, root, storages = _read_safetensors(file, size)
-        elif head[:1] == b"\x80":
-            root, storages = _read_legacy_checkpoint(file, size)
-        else:
+        read = _reader(head)
+        if read is None:
             raise _Foreign(recognise(head))
+        root, storages = read(file, size)
         return Checkpoint(path, file, _flat(_select(root, key)), storages)
     except _Foreign as error:
         file.close()
@@ -185,6 +187,18 @@ def open_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
     except BaseException:
         file.close()
         raise
+
+
+_Reader = Callable[[BinaryIO, int], tuple[Any, dict[str, Extent]]]
+
+
+def _reader(head: bytes) -> _Reader | None:
+    """Who reads a checkpoint that begins so."""
+    if head[:4] == b"PK\x03\x04":
+        return _read_zip_checkpoint
+    if head[4:9] == b"\0\0\0\0{":  # the length before may begin with a pickle's byte
+        return lambda file, size: _read_safetensors(file, size)[1:]
+    return _read_legacy_checkpoint if head[:1] == b"\x80" else None
 
 
 def write_safetensors(

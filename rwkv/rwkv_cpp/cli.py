@@ -22,6 +22,7 @@ from .errors import RWKVError
 # Name, module with the click command `command`, first line of its help.
 COMMANDS = {
     "generate": (".generate", "Continue a text, token by token."),
+    "pull": (".pull", "Download a model, convert it and keep it for all commands."),
     "convert": (".convert", "Convert a checkpoint of RWKV-4 to a model file."),
     "quantize": (".quantize", "Write a quantized copy of a model."),
     "perplexity": (".perplexity", "Measure how well a model predicts a text."),

@@ -71,7 +71,7 @@ def convert(
     key: str | None = None,
     clamp: bool = False,
     allow_nan: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Header:
     """Write the weights of a checkpoint as "FP16" or "FP32"; `target` appears only when complete.
 

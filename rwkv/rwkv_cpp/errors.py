@@ -4,6 +4,8 @@
     ├── RWKVLibraryNotFound   the C library is nowhere it is looked for, or cannot be loaded
     ├── RWKVFileError         a model, checkpoint, state or other file is not what it must be
     ├── ForeignState          a state belongs to another model
+    ├── ModelNotFound         what was named is no model on this machine
+    ├── DownloadFailed        a model could not be fetched, or what came is not it
     ├── VocabularyNotFound    a tokenizer's vocabulary file is nowhere it is looked for
     └── NonFiniteLogits       logits hold NaN or infinity where a token has to be chosen
 
@@ -25,6 +27,14 @@ class RWKVFileError(RWKVError):
 
 class ForeignState(RWKVError):
     """A state belongs to another model."""
+
+
+class ModelNotFound(RWKVError):
+    """What was named is no model on this machine."""
+
+
+class DownloadFailed(RWKVError):
+    """A model could not be fetched, or what came is not it."""
 
 
 class VocabularyNotFound(RWKVError):

@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from .library import MAX_THREADS
-from .load_options import load_options
+from .load_options import load_options, model_option
 from .model import RWKVModel, embedded_model
 from .sampling import sample_logits
 from .tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -82,9 +82,7 @@ class _Bias(click.ParamType):
 
 @click.command()
 @click.argument("prompt", default="")
-@click.option(
-    "-m", "--model", "model_path", type=click.Path(path_type=Path), help="[default: embedded]"
-)
+@model_option
 @click.option(
     "-n",
     "--max-tokens",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,10 @@ import click
 
 from .ggmf import Header, read_index
 from .library import Memory, RWKVSharedLibrary, load_rwkv_shared_library
-from .load_options import load_options
+from .load_options import load_options, model_option
 from .model import EMBEDDED_MODEL
-
-# The released RWKV-4 models: n_layer, n_embed. All have 50277 tokens.
-SIZES = {
-    "169M": (12, 768),
-    "430M": (24, 1024),
-    "1B5": (24, 2048),
-    "3B": (32, 2560),
-    "7B": (32, 4096),
-    "14B": (40, 5120),
-}
-_N_VOCAB = 50277
+from .quantize import file_formats
+from .registry import PILE, SIZES
 
 
 @dataclass(frozen=True)
@@ -63,24 +53,15 @@ def sizes(library: RWKVSharedLibrary | None = None, **options: Any) -> dict[str,
     library = library or load_rwkv_shared_library()
     return {
         name: {
-            size: library.rwkv_estimate_shape(_N_VOCAB, n_embed, n_layer, name, **options)
+            size: library.rwkv_estimate_shape(PILE, n_embed, n_layer, name, **options)
             for size, (n_layer, n_embed) in SIZES.items()
         }
-        for name in _formats(library)
+        for name in file_formats(library)
     }
 
 
-def _formats(library: RWKVSharedLibrary) -> Iterator[str]:
-    """The names of all formats that files may have."""
-    for data_type in range(16):
-        if any(library.rwkv_get_row_size(version, data_type, 32) for version in (100, 101)):
-            yield library.rwkv_get_format_name(data_type) or str(data_type)
-
-
 @click.command()
-@click.option(
-    "-m", "--model", "model_path", type=click.Path(path_type=Path), help="[default: embedded]"
-)
+@model_option
 @click.option("--sizes", "show_sizes", is_flag=True, help="The memory that released models take.")
 @load_options
 def command(model_path: Path | None, show_sizes: bool, options: dict[str, Any]) -> None:

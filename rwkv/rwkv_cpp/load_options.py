@@ -1,4 +1,4 @@
-"""The options that every command with a model takes: how it is loaded and evaluated."""
+"""The options that every command with a model takes: which one, how it is loaded and evaluated."""
 
 from __future__ import annotations
 
@@ -7,8 +7,56 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+
+from .models import find_model
+from .progress import progress_bar
+from .registry import ROWS
 
 Command = Callable[..., Any]
+
+
+class _Model(click.ParamType):  # type: ignore[type-arg]  # older ones take no argument
+    name = "MODEL"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        names = [row.name for row in ROWS if row.name.startswith(incomplete)]
+        return [*map(CompletionItem, names), CompletionItem(incomplete, type="file")]
+
+
+def model_option(command: Command, *, quantize: bool = True) -> Command:
+    """Adds -m to a command, which gets `model_path`, a model file, or None where -m is left out.
+
+    quantize: also add --format, of which the command sees nothing more.
+    """
+
+    @functools.wraps(command)
+    def with_model(*arguments: Any, model_path: str | None, **given: Any) -> Any:
+        format_name = given.pop("format_name") if quantize else None
+        path = None
+        if model_path is not None or format_name is not None:
+            with progress_bar() as progress:
+                path = find_model(model_path, format_name, progress)
+        return command(*arguments, model_path=path, **given)
+
+    if quantize:
+        with_model = click.option(
+            "--format",
+            "format_name",
+            metavar="FORMAT",
+            help="The model in this format, Q5_1 for example, made once from a checkpoint or an "
+            "FP16 model and kept.  [default: as it is]",
+        )(with_model)
+    return click.option(
+        "-m",
+        "--model",
+        "model_path",
+        type=_Model(),
+        help="A model file, a .pth or .safetensors checkpoint, or a name from `rwkv pull --list`.  "
+        "[default: embedded]",
+    )(with_model)
 
 
 def _upper(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .errors import NonFiniteLogits, RWKVFileError
 from .library import MAX_THREADS
-from .load_options import load_options
+from .load_options import load_options, model_option
 from .model import RWKVModel, RWKVSequence, embedded_model
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -122,9 +122,7 @@ def read_text(path: Path) -> str:
 
 @click.command()
 @click.argument("text", type=click.Path(path_type=Path))
-@click.option(
-    "-m", "--model", "model_path", type=click.Path(path_type=Path), help="[default: embedded]"
-)
+@model_option
 @click.option(
     "--skip",
     type=click.IntRange(min=0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -35,15 +36,22 @@ def quantize_file(
     library.rwkv_quantize_file(
         source,
         target,
-        _format(library, format_name),
+        format_name_of(library, format_name),
         file_version=file_version,
         allow_nan=allow_nan,
-        head=head and _format(library, head),
+        head=head and format_name_of(library, head),
         progress=progress,
     )
 
 
-def _format(library: RWKVSharedLibrary, text: str) -> str:
+def file_formats(library: RWKVSharedLibrary) -> Iterator[str]:
+    """The names of all formats that files may have."""
+    for data_type in range(16):
+        if any(library.rwkv_get_row_size(version, data_type, 32) for version in (100, 101)):
+            yield library.rwkv_get_format_name(data_type) or str(data_type)
+
+
+def format_name_of(library: RWKVSharedLibrary, text: str) -> str:
     """The name that C knows."""
     number = int(text) if text.isascii() and text.isdecimal() and len(text) < 4 else None
     name = text.upper() if number is None else library.rwkv_get_format_name(number)

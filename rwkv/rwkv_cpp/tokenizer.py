@@ -245,6 +245,23 @@ def vocabulary_folder() -> Path:
     return platformdirs.user_cache_path("rwkv-ggml", appauthor=False)
 
 
+def keep_vocabularies(folder: Path) -> None:
+    """Copy the published vocabularies of a folder to `vocabulary_folder()`, where models find them
+    that do not lie beside them. A copy that fails is left out."""
+    for vocabulary in PUBLISHED:
+        target = vocabulary_folder() / vocabulary.name
+        with contextlib.suppress(OSError, RWKVFileError):
+            content = b"" if target.exists() else _read(folder / vocabulary.name)
+            if _is_published(content, vocabulary):
+                _keep(vocabulary.name, content)
+
+
+def _keep(name: str, content: bytes) -> None:
+    vocabulary_folder().mkdir(parents=True, exist_ok=True)
+    with replacing(vocabulary_folder() / name) as file:
+        file.write(content)
+
+
 @dataclass(frozen=True)
 class PublishedVocabulary:
     """A vocabulary file as its authors published it, and who carries copies of it."""
@@ -302,9 +319,7 @@ def _find(
             continue
         # A folder that cannot be written to means a download each time, not no tokenizer.
         with contextlib.suppress(OSError):
-            vocabulary_folder().mkdir(parents=True, exist_ok=True)
-            with replacing(vocabulary_folder() / vocabulary.name) as file:
-                file.write(content)
+            _keep(vocabulary.name, content)
         return content, place
     raise VocabularyNotFound(
         f"a model of {vocabulary.n_vocab} tokens needs the file '{vocabulary.name}',"
