@@ -28,30 +28,28 @@ GGML_INLINE size_t ggml_column(size_t cols, size_t k) {
 }
 
 enum {
-    GGML_COLUMNS = 2048,   /* are searched for zeros at a time */
+    GGML_COLUMNS = 512,    /* of a lane are searched for zeros at a time */
     GGML_COLUMNS_AHEAD = 4 /* are fetched before they are needed */
 };
 
-/* The columns that x is not zero for, lane by lane. */
+/* Columns that x is not zero for. */
 struct ggml_nonzeros {
     uint32_t column[GGML_COLUMNS + GGML_COLUMNS_AHEAD];
     float x[GGML_COLUMNS];
-    size_t end[16]; /* of lane j's */
+    size_t n;
 };
 
-/* Looks at x_k with k in [first, last). */
+/* Looks at x_k with k = first, first + 16, … below last. */
 GGML_INLINE void ggml_find_nonzeros(const float * x, size_t cols, size_t first, size_t last,
                                     struct ggml_nonzeros * found) {
+    uint32_t column = (uint32_t)ggml_column(cols, first);
     size_t n = 0;
-    for (size_t lane = 0; lane < 16; lane++) {
-        uint32_t column = (uint32_t)ggml_column(cols, first + lane);
-        for (size_t k = first + lane; k < last; k += 16, column++) {
-            found->column[n] = column;
-            found->x[n] = x[k];
-            n += x[k] != 0; /* NaN is not */
-        }
-        found->end[lane] = n;
+    for (size_t k = first; k < last; k += 16, column++) {
+        found->column[n] = column;
+        found->x[n] = x[k];
+        n += x[k] != 0; /* NaN is not */
     }
+    found->n = n;
     for (size_t i = 0; i < GGML_COLUMNS_AHEAD; i++) found->column[n + i] = 0;
 }
 
@@ -63,40 +61,49 @@ typedef void ggml_add_columns(bool wide, int n, const uint8_t * const * columns,
 
 enum { GGML_COLUMN_ROWS = 1024 /* rows that are summed up at a time */ };
 
-/* Rows [first, last), at most so many. */
-GGML_INLINE void ggml_some_rows_times(bool wide, ggml_add_columns * add,
-                                      const struct ggml_matrix * w, const float * x, float * y,
-                                      size_t first, size_t last) {
-    _Alignas(64) float sums[16][GGML_COLUMN_ROWS];
+/* Adds columns k ≡ lane (mod 16) to the sums of `rows` rows; `data` is the first row's place in the
+ * first column. */
+GGML_INLINE void ggml_add_lane(bool wide, ggml_add_columns * add, const struct ggml_matrix * w,
+                               const uint8_t * data, const float * x, size_t lane, size_t rows,
+                               float * sums) {
+    const size_t column_size = ggml_column_size(w->rows, wide), reach = 16 * GGML_COLUMNS;
     struct ggml_nonzeros found;
-    const size_t rows = (last - first + 15) / 16 * 16;
-    const size_t column_size = ggml_column_size(w->rows, wide);
-    const uint8_t * data = (const uint8_t *)w->columns + first * (wide ? 4 : 2);
-    for (int lane = 0; lane < 16; lane++) memset(sums[lane], 0, rows * sizeof **sums);
-    for (size_t k = 0; k < w->cols; k += GGML_COLUMNS) {
-        const size_t left = w->cols - k;
-        ggml_find_nonzeros(x, w->cols, k, k + (left < GGML_COLUMNS ? left : GGML_COLUMNS), &found);
-        size_t i = 0;
-        for (int lane = 0; lane < 16; lane++) {
-            while (i < found.end[lane]) {
-                const uint8_t *columns[4], *ahead[4];
-                const size_t n = found.end[lane] - i >= 4 ? 4 : 1;
-                for (size_t j = 0; j < n; j++) {
-                    columns[j] = data + found.column[i + j] * column_size;
-                    ahead[j] = data + found.column[i + j + GGML_COLUMNS_AHEAD] * column_size;
-                }
-                if (n == 4) {
-                    add(wide, 4, columns, ahead, found.x + i, rows, sums[lane]);
-                } else {
-                    add(wide, 1, columns, ahead, found.x + i, rows, sums[lane]);
-                }
-                i += n;
+    for (size_t k = lane; k < w->cols; k += reach) {
+        ggml_find_nonzeros(x, w->cols, k, w->cols - k < reach ? w->cols : k + reach, &found);
+        for (size_t i = 0, n; i < found.n; i += n) {
+            const uint8_t *columns[4], *ahead[4];
+            n = found.n - i >= 4 ? 4 : 1;
+            for (size_t j = 0; j < n; j++) {
+                columns[j] = data + found.column[i + j] * column_size;
+                ahead[j] = data + found.column[i + j + GGML_COLUMNS_AHEAD] * column_size;
+            }
+            if (n == 4) {
+                add(wide, 4, columns, ahead, found.x + i, rows, sums);
+            } else {
+                add(wide, 1, columns, ahead, found.x + i, rows, sums);
             }
         }
     }
-    for (int width = 8; width > 0; width /= 2)
-        for (int lane = 0; lane < width; lane++)
-            for (size_t r = 0; r < rows; r++) sums[lane][r] += sums[lane + width][r];
+}
+
+/* Rows [first, last), at most so many. The lanes come in the order in which the tree at the end of
+ * a sum takes them, 0 and 8, 4 and 12, …: so at most five wait. */
+GGML_INLINE void ggml_some_rows_times(bool wide, ggml_add_columns * add,
+                                      const struct ggml_matrix * w, const float * x, float * y,
+                                      size_t first, size_t last) {
+    _Alignas(64) float sums[5][GGML_COLUMN_ROWS];
+    const size_t rows = (last - first + 15) / 16 * 16;
+    const uint8_t * data = (const uint8_t *)w->columns + first * (wide ? 4 : 2);
+    size_t waiting = 0;
+    for (size_t i = 0; i < 16; i++) {
+        const size_t lane = (i & 1) << 3 | (i & 2) << 1 | (i & 4) >> 1 | (i & 8) >> 3;
+        memset(sums[waiting], 0, rows * sizeof **sums);
+        ggml_add_lane(wide, add, w, data, x, lane, rows, sums[waiting++]);
+        for (size_t pairs = i; pairs & 1; pairs >>= 1) {
+            waiting--;
+            for (size_t r = 0; r < rows; r++) sums[waiting - 1][r] += sums[waiting][r];
+        }
+    }
     memcpy(y + first, sums[0], (last - first) * sizeof *y);
 }
 
