@@ -282,7 +282,7 @@ RWKV_API size_t rwkv_get_row_size(uint32_t file_version, uint32_t data_type, siz
 RWKV_API uint32_t rwkv_get_api_version(void);
 
 /* What the CPU offers and which kernels run ("AVX=1 AVX2=1 … ISA=avx2"); valid until this thread's
- * next call. The environment variable RWKV_ISA (scalar, avx2, …) chooses another level for models
+ * next call. The environment variable RWKV_ISA (scalar, sse2, …) chooses another level for models
  * loaded after it is set. */
 RWKV_API const char * rwkv_get_system_info_string(void);
 

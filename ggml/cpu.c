@@ -41,8 +41,9 @@ static uint64_t saved_registers(void) {
 }
 #endif
 
-static const uint32_t known = CPU_AVX | CPU_AVX2 | CPU_FMA | CPU_F16C | CPU_AVX512F | CPU_AVX512BW |
-                              CPU_AVX512DQ | CPU_AVX512VL | CPU_AVX512VNNI | CPU_AMX_INT8;
+static const uint32_t known = CPU_SSE2 | CPU_AVX | CPU_AVX2 | CPU_FMA | CPU_F16C | CPU_AVX512F |
+                              CPU_AVX512BW | CPU_AVX512DQ | CPU_AVX512VL | CPU_AVX512VNNI |
+                              CPU_AMX_INT8;
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
@@ -75,7 +76,7 @@ uint32_t ggml_cpu_detect(void) {
     bool osxsave = r[2] >> 27 & 1;
     uint64_t saved = osxsave ? saved_registers() : 0;
     if (max_leaf >= 7) cpuid(7, leaf7);
-    uint32_t features = 0;
+    uint32_t features = flag(r[3], 26, CPU_SSE2);
     if ((saved & ymm) == ymm && (r[2] >> 28 & 1)) {
         features |= CPU_AVX | flag(r[2], 12, CPU_FMA) | flag(r[2], 29, CPU_F16C) |
                     flag(leaf7[1], 5, CPU_AVX2);
@@ -146,11 +147,13 @@ void ggml_cpu_describe(uint32_t features, char * text, size_t size) {
         uint32_t feature;
         const char * name;
     } names[] = {
-        {CPU_AVX, "AVX"},           {CPU_AVX2, "AVX2"},         {CPU_FMA, "FMA"},
-        {CPU_F16C, "F16C"},         {CPU_AVX512F, "AVX512F"},   {CPU_AVX512BW, "AVX512BW"},
-        {CPU_AVX512DQ, "AVX512DQ"}, {CPU_AVX512VL, "AVX512VL"}, {CPU_AVX512VNNI, "AVX512_VNNI"},
-        {CPU_NEON, "NEON"},         {CPU_DOTPROD, "DOTPROD"},   {CPU_I8MM, "I8MM"},
-        {CPU_AMX_INT8, "AMX_INT8"},
+        {CPU_SSE2, "SSE2"},         {CPU_AVX, "AVX"},
+        {CPU_AVX2, "AVX2"},         {CPU_FMA, "FMA"},
+        {CPU_F16C, "F16C"},         {CPU_AVX512F, "AVX512F"},
+        {CPU_AVX512BW, "AVX512BW"}, {CPU_AVX512DQ, "AVX512DQ"},
+        {CPU_AVX512VL, "AVX512VL"}, {CPU_AVX512VNNI, "AVX512_VNNI"},
+        {CPU_NEON, "NEON"},         {CPU_DOTPROD, "DOTPROD"},
+        {CPU_I8MM, "I8MM"},         {CPU_AMX_INT8, "AMX_INT8"},
     };
     size_t used = 0;
     text[0] = 0;

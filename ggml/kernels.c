@@ -9,6 +9,9 @@
 
 static const struct ggml_kernels * const levels[] = {
     &ggml_kernels_scalar,
+#ifdef GGML_ISA_sse2
+    &ggml_kernels_sse2,
+#endif
 #ifdef GGML_ISA_avx2
     &ggml_kernels_avx2,
 #endif

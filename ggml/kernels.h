@@ -12,6 +12,7 @@
 
 /* The levels, weakest first. A NULL entry means that a level below does it; scalar has none. */
 extern const struct ggml_kernels ggml_kernels_scalar;
+extern const struct ggml_kernels ggml_kernels_sse2;
 extern const struct ggml_kernels ggml_kernels_avx2;
 extern const struct ggml_kernels ggml_kernels_avx512;
 extern const struct ggml_kernels ggml_kernels_amx;

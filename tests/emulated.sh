@@ -63,7 +63,7 @@ arm() {
 x86() {
     build x86
     run hash-native "$work/x86/tests/test_hash" "$model" "${size[@]}"
-    hash hash-without-avx scalar qemu-x86_64 -cpu Nehalem "$work/x86/tests/test_hash"
+    hash hash-without-avx sse2 qemu-x86_64 -cpu Nehalem "$work/x86/tests/test_hash"
     $short && return
     run kernels-without-avx qemu-x86_64 -cpu Nehalem "$work/x86/tests/test_kernels"
     run quantize-without-avx qemu-x86_64 -cpu Nehalem "$work/x86/tests/test_quantize"

@@ -21,7 +21,7 @@ FORMATS = [(version, name) for version in (100, 101) for name in quants.PLAIN] +
 ]
 QUANTIZED = [layout for layout in FORMATS if layout[1] not in quants.PLAIN]
 ACTIVATIONS = tuple(canonical.STEPS)
-LEVELS = ("scalar", "avx2", "avx512", "amx", "neon")
+LEVELS = ("scalar", "sse2", "avx2", "avx512", "amx", "neon")
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, N_VOCAB, 300)]
 
 

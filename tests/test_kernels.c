@@ -8,7 +8,7 @@
 #include "check.h"
 #include "kernels.h"
 
-static const char * const isas[] = {"scalar", "avx2", "avx512", "amx", "neon"};
+static const char * const isas[] = {"scalar", "sse2", "avx2", "avx512", "amx", "neon"};
 enum { ISAS = sizeof isas / sizeof *isas };
 
 static const struct ggml_kernels * scalar;
