@@ -63,6 +63,16 @@ GGML_INLINE struct ggml_stripe_block ggml_stripe_block(enum ggml_type type) {
     [GGML_TYPE_Q4_0] = matmul_Q4_0, [GGML_TYPE_Q4_1] = matmul_Q4_1,                                \
     [GGML_TYPE_Q5_0] = matmul_Q5_0, [GGML_TYPE_Q5_1] = matmul_Q5_1, [GGML_TYPE_Q8_0] = matmul_Q8_0
 
+/* ---- Blocks of rows ---------------------------------------------------------------------------
+ */
+
+/* How many rows of a mapped matrix many vectors should meet before the next rows are read: what
+ * half a megabyte of cache holds, in whole tiles, at most `most`. */
+GGML_INLINE size_t ggml_cached_rows(size_t row_size, size_t tile, size_t most) {
+    const size_t rows = ((size_t)512 << 10) / row_size / tile * tile;
+    return rows < tile ? tile : rows < most ? rows : most;
+}
+
 /* ---- Activations ---------------------------------------------------------------------------- */
 
 /* 32 activations, a_k * d. Whoever multiplies 16-bit numbers takes `a`: within each group of four

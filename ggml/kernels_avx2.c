@@ -460,7 +460,7 @@ GGML_INLINE void matmul_vector(bool wide, const struct ggml_matrix * w, const fl
  * from TILE places, each next row prefetched. From panel to panel, the sums of BLOCK rows wait in
  * memory. (FP16, 256 vectors, share of the peak: 57 % without panels, 80 % is what a tile can reach
  * beside the widening. Groups of 8 make 63 %, 16 73 %, 32 72 %; blocks of 48 rows 70 %.) */
-enum { TILE = 3, GROUP = 16, DEPTH = 256, BLOCK = 96 };
+enum { TILE = 3, GROUP = 16, DEPTH = 256, BLOCK = 48 };
 
 /* Columns [k, k + depth) of n vectors from t on: [half][depth / 16][n][8], 0 past the end. */
 GGML_INLINE void fill_panel(const struct ggml_input * in, size_t t, size_t n, size_t k,
@@ -575,7 +575,8 @@ GGML_INLINE void float_block_times(bool wide, const struct ggml_matrix * w,
                 sum_lanes(_mm256_load_ps(sums[r][i]), _mm256_load_ps(sums[r][i] + 8));
 }
 
-/* Vectors in groups of about the same size, so that no odd number is much slower. */
+/* Rows in blocks that stay in the cache while all vectors pass, in groups of about the same size,
+ * so that no odd number is much slower. */
 GGML_INLINE void matmul_floats(bool wide, const struct ggml_matrix * w,
                                const struct ggml_input * in, float * y, size_t ldy, size_t first,
                                size_t last) {
@@ -583,13 +584,15 @@ GGML_INLINE void matmul_floats(bool wide, const struct ggml_matrix * w,
         matmul_vector(wide, w, in->x, y, first, last);
         return;
     }
-    size_t n;
-    for (size_t t = 0; t < in->n; t += n) {
-        const size_t left = in->n - t, groups = (left + GROUP - 1) / GROUP;
-        n = (left + groups - 1) / groups;
-        for (size_t row = first; row < last; row += BLOCK)
-            float_block_times(wide, w, in, t, n, y, ldy, row,
-                              last - row < BLOCK ? last : row + BLOCK);
+    const size_t block = ggml_cached_rows(w->cols * (wide ? 4 : 2), TILE, BLOCK);
+    for (size_t row = first; row < last; row += block) {
+        const size_t end = last - row < block ? last : row + block;
+        size_t n;
+        for (size_t t = 0; t < in->n; t += n) {
+            const size_t left = in->n - t, groups = (left + GROUP - 1) / GROUP;
+            n = (left + groups - 1) / groups;
+            float_block_times(wide, w, in, t, n, y, ldy, row, end);
+        }
     }
 }
 

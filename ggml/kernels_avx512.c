@@ -246,7 +246,7 @@ GGML_INLINE void matmul_vector(bool wide, const struct ggml_matrix * w, const fl
  * panel of DEPTH columns, interleaved in the order of use: rows of a power of two would meet in one
  * set of the cache. From panel to panel, the sums of BLOCK rows wait in memory. (8 vectors, FP16:
  * without the panel and prefetching 57 % of the peak; without `keep` 78 % of what it is.) */
-enum { TILE = 3, GROUP = 8, DEPTH = 2048, BLOCK = 96 };
+enum { TILE = 3, GROUP = 8, DEPTH = 2048, BLOCK = 48 };
 
 /* Columns [k, k + depth) of n vectors from t on, for each 16 of them n times 16; 0 past the end. */
 GGML_INLINE void fill_panel(int n, const struct ggml_input * in, size_t t, size_t k, size_t depth,
@@ -328,17 +328,19 @@ GGML_INLINE void float_block_times(bool wide, int n, const struct ggml_matrix * 
         for (int i = 0; i < n; i++) y[(t + (size_t)i) * ldy + first + r] = sum_lanes(sums[r][i]);
 }
 
-/* Vectors in groups of about the same size, so that no odd number is much slower. */
+/* Rows in blocks that stay in the cache while all vectors pass, in groups of about the same size,
+ * so that no odd number is much slower. */
 GGML_INLINE void matmul_rows(bool wide, const struct ggml_matrix * w, const struct ggml_input * in,
                              float * y, size_t ldy, size_t first, size_t last) {
     _Alignas(64) float panel[DEPTH * GROUP];
     __m512 sums[BLOCK][GROUP];
-    size_t n;
-    for (size_t t = 0; t < in->n; t += n) {
-        const size_t left = in->n - t, groups = (left + GROUP - 1) / GROUP;
-        n = (left + groups - 1) / groups;
-        for (size_t row = first; row < last; row += BLOCK) {
-            const size_t end = last - row < BLOCK ? last : row + BLOCK;
+    const size_t block = ggml_cached_rows(w->cols * (wide ? 4 : 2), TILE, BLOCK);
+    for (size_t row = first; row < last; row += block) {
+        const size_t end = last - row < block ? last : row + block;
+        size_t n;
+        for (size_t t = 0; t < in->n; t += n) {
+            const size_t left = in->n - t, groups = (left + GROUP - 1) / GROUP;
+            n = (left + groups - 1) / groups;
             switch (n) {
 #define GROUP_OF(N)                                                                                \
     case N:                                                                                        \
