@@ -32,12 +32,12 @@ CORE_FLOORS = [
     {"quantize_file.h"},
 ]
 FLOORS = [
-    {"errors", "progress", "registry"},
+    {"errors", "progress", "registry", "terminal"},
     {"archive", "atomic", "choosing", "library", "philox", "pickles"},
     {"ggmf", "model", "tokenizer"},
     {"checkpoint", "fingerprint", "grammar"},
     {"sampling", "state_layouts"},
-    {"sampling_options", "state"},
+    {"sampling_options", "state", "styles"},
     {"prefix_cache"},
     {"convert", "quantize", "train"},
     {"download", "models"},
@@ -45,6 +45,10 @@ FLOORS = [
     {"info", "perplexity"},
     {"bench", "pull"},
     {"generate"},
+    {"conversation"},
+    {"conversation_store"},
+    {"chat_commands"},
+    {"chat"},
     {"cli"},
     {"__main__"},
 ]
