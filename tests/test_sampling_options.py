@@ -1,12 +1,13 @@
 """sampling_options.py and docs/sampling.md: both are made from the table of fields."""
 
+import functools
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 from rwkv_cpp.sampling import FIELDS, Sampling
-from rwkv_cpp.sampling_options import option_name, sampling_options
+from rwkv_cpp.sampling_options import option_name, sampling_options, value_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "sampling.md"
 
@@ -115,3 +116,56 @@ def table() -> str:
             f"| `{name}` | `{option_name(name, info)}` | {info.range} | {shown} | {info.help} |"
         )
     return "\n".join(rows)
+
+
+@click.command()
+@functools.partial(sampling_options, as_changes=True)
+def changing(sampling: dict[str, object]) -> None:
+    click.echo(repr(sampling))
+
+
+def test_changes_are_what_was_given():
+    for arguments, fields in (
+        ([], {}),
+        (["--temperature", "1", "--top-k", "0"], {"temperature": 1.0, "top_k": 0}),
+        (["--ban", "5", "--logit-bias", "5=1"], {"logit_bias": {5: 1.0}, "banned_tokens": (5,)}),
+    ):
+        assert CliRunner().invoke(changing, arguments).output == f"{fields!r}\n"
+    assert "[default" not in CliRunner().invoke(changing, ["--help"]).output
+    assert CliRunner().invoke(changing, ["--regex", "a", "--grammar", "b"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("temperature", "0.5", 0.5),
+        ("top_k", "40", 40),
+        ("seed", "7", 7),
+        ("seed", "none", None),
+        ("regex", "[ab]=1,", "[ab]=1,"),
+        ("logit_bias", "5=-inf,6=1.5", {5: -float("inf"), 6: 1.5}),
+        ("logit_bias", "none", {}),
+        ("banned_tokens", "5,6", (5, 6)),
+        ("forced_tokens", "none", ()),
+    ],
+)
+def test_values_of_texts(name, text, value):
+    assert value_of(name, text) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("temperature", "hot"),
+        ("temperature", "-1"),
+        ("temperature", "none"),
+        ("top_k", "1.5"),
+        ("mirostat", "3"),
+        ("logit_bias", "5"),
+        ("banned_tokens", "5,,6"),
+        ("json_schema", "@missing"),
+    ],
+)
+def test_texts_that_are_no_values(name, text):
+    with pytest.raises(ValueError, match=f"{name}: "):
+        value_of(name, text)

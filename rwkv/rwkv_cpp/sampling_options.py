@@ -15,22 +15,46 @@ from .sampling import FIELDS, FieldInfo, Sampling
 Command = Callable[..., Any]
 
 
-def sampling_options(command: Command) -> Command:
-    """Adds the options to a command, which gets them together as `sampling`, a Sampling."""
+def sampling_options(command: Command, *, as_changes: bool = False) -> Command:
+    """Adds the options to a command, which gets them together as `sampling`, a Sampling.
+
+    as_changes: the command has defaults of its own and gets a dict of the fields that were given.
+    """
 
     def with_options(*arguments: Any, **given: Any) -> Any:
         values = {name: given.pop(name) for name in FIELDS}
-        values["logit_bias"] = dict(values["logit_bias"])
+        if as_changes:
+            values = {name: value for name, value in values.items() if value not in (None, ())}
+        if "logit_bias" in values:
+            values["logit_bias"] = dict(values["logit_bias"])
         try:
             sampling = Sampling(**values)
         except ValueError as error:
             raise click.UsageError(str(error)) from None
-        return command(*arguments, sampling=sampling, **given)
+        return command(*arguments, sampling=values if as_changes else sampling, **given)
 
     decorated: Command = functools.wraps(command)(with_options)
     for name, info in reversed(FIELDS.items()):
-        decorated = _option(name, info)(decorated)
+        decorated = _option(name, info, not as_changes)(decorated)
     return decorated
+
+
+def value_of(name: str, text: str) -> Any:
+    """The value of a field as its option reads it, several separated by commas; "none" for none.
+
+    Raises ValueError, naming the field.
+    """
+    info = FIELDS[name]
+    parameter = click.types.convert_type(_KINDS[info.kind][0](info))
+    repeated = info.kind in _REPEATED
+    if text == "none" and (repeated or getattr(Sampling, name) is None):
+        return _REPEATED[info.kind](()) if repeated else None
+    try:
+        parts = text.split(",") if repeated else [text]
+        values = [parameter.convert(part, None, None) for part in parts]
+    except click.BadParameter as error:
+        raise ValueError(f"{name}: {error.message}") from None
+    return _REPEATED[info.kind](values) if repeated else values[0]
 
 
 def option_name(name: str, info: FieldInfo) -> str:
@@ -38,8 +62,9 @@ def option_name(name: str, info: FieldInfo) -> str:
     return info.option or "--" + name.replace("_", "-")
 
 
-def _option(name: str, info: FieldInfo) -> Callable[[Command], Command]:
-    repeated = info.kind in ("biases", "tokens")
+def _option(name: str, info: FieldInfo, has_default: bool) -> Callable[[Command], Command]:
+    repeated = info.kind in _REPEATED
+    default = None if repeated or not has_default else getattr(Sampling, name)
     kind, metavar = _KINDS[info.kind]
     return click.option(
         option_name(name, info),
@@ -47,8 +72,8 @@ def _option(name: str, info: FieldInfo) -> Callable[[Command], Command]:
         type=kind(info),
         metavar=metavar,
         multiple=repeated,
-        default=() if repeated else getattr(Sampling, name),
-        show_default=not repeated and getattr(Sampling, name) is not None,
+        default=default,
+        show_default=default is not None,
         help=info.help + (" May be repeated." if repeated else ""),
     )
 
@@ -87,6 +112,10 @@ _KINDS: dict[str, tuple[Callable[[FieldInfo], Any], str | None]] = {
     "lark": (lambda info: _text_or_file, "TEXT|@FILE"),
     "regex": (lambda info: str, "TEXT"),
 }
+
+
+# Of the kinds that may be given several times: what becomes of the values.
+_REPEATED: dict[str, Callable[[Any], Any]] = {"biases": dict, "tokens": tuple}
 
 
 def _end(bound: float) -> Any:
