@@ -1,3 +1,3 @@
-"""RWKVModel under the module name of 2023."""
+"""RWKVModel under the module name of rwkv.cpp."""
 
-from rwkv_cpp.model import RWKVModel as RWKVModel
+from rwkv_cpp.rwkv_cpp_model import RWKVModel as RWKVModel

@@ -44,11 +44,11 @@ FLOORS = [
     {"load_options"},
     {"info", "perplexity"},
     {"bench", "pull"},
-    {"generate"},
+    {"compat", "generate"},
     {"conversation"},
     {"conversation_store"},
     {"chat_commands"},
-    {"chat"},
+    {"chat", "rwkv_cpp_model", "rwkv_cpp_shared_library", "rwkv_world_tokenizer"},
     {"cli"},
     {"__main__"},
 ]
@@ -140,7 +140,8 @@ def imports(path: Path) -> tuple[set[str], set[str]]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             others.add(node.module.partition(".")[0])
         elif isinstance(node, ast.ImportFrom) and node.level == depth:
-            ours |= {node.module} if node.module else {alias.name for alias in node.names}
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            ours |= {name.partition(".")[0] for name in names}
     return ours - {"__version__"}, others
 
 
