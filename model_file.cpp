@@ -17,7 +17,7 @@ const char * type_name(ggml_type type) {
 }
 
 const char * format_name(uint32_t data_type) {
-    for (int i = 0; i < GGML_TYPE_COUNT; i++) {
+    for (int i = 0; i < GGML_FILE_TYPES; i++) {
         const ggml_type_info & traits = *ggml_type_traits((ggml_type)i);
         if (traits.file_id == data_type) return traits.name;
     }
@@ -36,7 +36,7 @@ static std::string format_names(uint32_t first) {
 Format find_format(const char * name, uint32_t version, uint32_t first) {
     Format found = {0, GGML_TYPE_COUNT};
     bool known = false;
-    for (int i = 0; i < GGML_TYPE_COUNT; i++) {
+    for (int i = 0; i < GGML_FILE_TYPES; i++) {
         const ggml_type_info & t = *ggml_type_traits((ggml_type)i);
         if (std::strcmp(name, t.name) != 0 || t.file_id < first) continue;
         known = true;

@@ -125,11 +125,25 @@ struct Model {
     Mapping mapping;
     Buffer arena;  // all of the model that is private memory
     Pool pool;
+    bool bf16 = false;  // its FP32 and FP16 matrices have become BF16
 };
 
-// The type that a tensor is evaluated in: the file's, unless it is a head to be quantized.
-ggml_type memory_type(const Index & index, const Tensor & tensor, const char * head) {
-    if (head == nullptr || kind_of(tensor) != HEAD) return tensor.type;
+// What the option `activations` asks for.
+struct Activations {
+    ggml_activations of_quantized;
+    bool bf16;  // of FP32 and FP16 matrices: they are multiplied as BF16
+};
+
+Activations find_activations(const char * name) {
+    if (name == nullptr || std::strcmp(name, "A16") == 0) return {GGML_A16, false};
+    if (std::strcmp(name, "int8") == 0) return {GGML_A8, false};
+    if (std::strcmp(name, "bf16") == 0) return {GGML_A16, true};
+    fail(RWKV_ERROR_ARGS, "unknown activations '%s' (choose A16, int8 or bf16)",
+         escaped(name).c_str());
+}
+
+// The type that the head is to be quantized in while it is loaded.
+ggml_type head_type(const Index & index, const Tensor & tensor, const char * head) {
     const ggml_type type = find_format(head, 0, FIRST_QUANTIZED).type;
     if (ggml_type_traits(tensor.type)->file_id == ggml_type_traits(type)->file_id) {
         return tensor.type;
@@ -144,9 +158,19 @@ ggml_type memory_type(const Index & index, const Tensor & tensor, const char * h
     return type;
 }
 
-// Quantized matrices are evaluated from stripes; embeddings are looked up row by row.
+// The type that a tensor is evaluated in: the file's, unless options say otherwise.
+ggml_type memory_type(const Index & index, const Tensor & tensor,
+                      const rwkv_load_options & options) {
+    const Kind kind = kind_of(tensor);
+    if (kind == HEAD && options.head != nullptr) return head_type(index, tensor, options.head);
+    const bool plain = !ggml_type_traits(tensor.type)->quantized;
+    const bool bf16 = plain && find_activations(options.activations).bf16;
+    return bf16 && (kind == MATRIX || kind == HEAD) ? GGML_TYPE_BF16 : tensor.type;
+}
+
+// Quantized and BF16 matrices are evaluated from stripes; embeddings are looked up row by row.
 bool is_packed(const Tensor & tensor, ggml_type type) {
-    return ggml_type_traits(type)->quantized && kind_of(tensor) != EMBEDDING;
+    return ggml_stripe_size(type, tensor.cols) > 0 && kind_of(tensor) != EMBEDDING;
 }
 
 // Bytes that a tensor takes in private memory; 0: it stays in the mapped file.
@@ -175,7 +199,7 @@ Sizes sizes_of(const Index & index, const rwkv_load_options & options) {
     Sizes sizes = {};
     for (const Tensor & tensor : index.tensors) {
         if (!is_needed(tensor)) continue;
-        const ggml_type type = memory_type(index, tensor, options.head);
+        const ggml_type type = memory_type(index, tensor, options);
         const uint64_t size = private_size(tensor, type, options.mmap);
         sizes.arena += aligned(size) + aligned(columns_size(index, tensor, options));
         if (size == 0) sizes.mapped += tensor.size;
@@ -207,6 +231,19 @@ void pack(const InputFile & file, const Tensor & tensor, ggml_type type, const T
              "(the file is damaged)",
              file.path(), tensor.name.c_str(),
              (unsigned long long)(blocks_before + bad_block.get()), type_name(tensor.type));
+    };
+    each_slab(file, tensor, GGML_STRIPE, progress, pack_slab);
+}
+
+// Repacks an FP32 or FP16 tensor as BF16, the same way.
+void pack_bf16(const InputFile & file, const Tensor & tensor, const Team & team,
+               const Progress & progress, uint8_t * stripes) {
+    const size_t stripe_size = ggml_stripe_size(GGML_TYPE_BF16, tensor.cols);
+    const auto pack_slab = [&](size_t first_row, size_t rows, const uint8_t * bytes) {
+        uint8_t * to = stripes + first_row / GGML_STRIPE * stripe_size;
+        team.run(rows, GGML_STRIPE, [&](size_t first, size_t last) {
+            ggml_pack_bf16(tensor.type, rows, tensor.cols, bytes, to, first, last);
+        });
     };
     each_slab(file, tensor, GGML_STRIPE, progress, pack_slab);
 }
@@ -246,6 +283,7 @@ std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & o
     const Index index = read_model_index(file);
     const Sizes sizes = sizes_of(index, options);
     model->shape = index.shape;
+    model->bf16 = find_activations(options.activations).bf16;
     model->weights.layers.resize(index.shape.n_layer);
     model->arena.allocate(sizes.arena, "the model");
     if (sizes.mapped > 0) model->mapping.open(file);
@@ -255,12 +293,14 @@ std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & o
     uint8_t * next = model->arena.data();
     for (const Tensor & tensor : index.tensors) {
         if (!is_needed(tensor)) continue;
-        const ggml_type type = memory_type(index, tensor, options.head);
+        const ggml_type type = memory_type(index, tensor, options);
         const uint64_t size = private_size(tensor, type, options.mmap);
         const uint8_t * data = size > 0 ? next : model->mapping.data() + tensor.offset;
         Weight & weight = weight_of(model->weights, tensor);
         weight = {{type, tensor.rows, tensor.cols, data, nullptr}};
-        if (is_packed(tensor, type)) {
+        if (type == GGML_TYPE_BF16) {
+            pack_bf16(file, tensor, team, progress, next);
+        } else if (is_packed(tensor, type)) {
             pack(file, tensor, type, team, progress, next);
         } else if (size > 0) {
             file.read(tensor.offset, next, (size_t)size);
@@ -547,17 +587,26 @@ void refuse(bool asked, const char * what) {
     if (asked) fail(RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED, "%s: not offered yet", what);
 }
 
-ggml_activations find_activations(const char * name, ggml_activations otherwise) {
-    if (name == nullptr) return otherwise;
-    if (std::strcmp(name, "A16") == 0) return GGML_A16;
-    if (std::strcmp(name, "int8") == 0) return GGML_A8;
-    fail(RWKV_ERROR_ARGS, "unknown activations '%s' (choose A16 or int8)", escaped(name).c_str());
+// Those of another context of the model: weights are bf16 for all of them or for none.
+ggml_activations activations_of(const Model & model, const char * name) {
+    const Activations activations = find_activations(name);
+    if (activations.bf16 != model.bf16) {
+        fail(RWKV_ERROR_ARGS,
+             "activations are %s, but the model was loaded %s bf16, and its weights "
+             "are shared (load it again)",
+             name, model.bf16 ? "with" : "without");
+    }
+    return activations.of_quantized;
 }
 
 rwkv_load_options checked_options(const rwkv_load_options * given) {
     const auto options = known_options(given, rwkv_default_load_options(), "rwkv_load_options");
     checked_threads(options.n_threads);
-    find_activations(options.activations, GGML_A16);
+    if (find_activations(options.activations).bf16 && options.sparse_ffn) {
+        fail(RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED,
+             "sparse_ffn is for FP32 and FP16 as they are, not for activations bf16 "
+             "(leave one of them out)");
+    }
     return options;
 }
 
@@ -623,7 +672,7 @@ rwkv_context * rwkv_load(const char * path, const rwkv_load_options * given) {
         const rwkv_load_options options = checked_options(given);
         const unsigned n_threads = checked_threads(options.n_threads);
         return create_context(load_model(path, options, n_threads), n_threads,
-                              find_activations(options.activations, GGML_A16));
+                              find_activations(options.activations).of_quantized);
     });
 }
 
@@ -644,8 +693,10 @@ rwkv_context * rwkv_clone_context_with(rwkv_context * ctx, const rwkv_context_op
         need(ctx != nullptr, "ctx");
         const auto options =
             known_options(given, rwkv_default_context_options(), "rwkv_context_options");
-        return create_context(ctx->model, checked_threads(options.n_threads),
-                              find_activations(options.activations, ctx->activations));
+        const ggml_activations activations = options.activations == nullptr
+                                                 ? ctx->activations
+                                                 : activations_of(*ctx->model, options.activations);
+        return create_context(ctx->model, checked_threads(options.n_threads), activations);
     });
 }
 

@@ -118,7 +118,10 @@ struct rwkv_load_options {
                           the file has it in another quantized format. NULL: as it is in the file */
     const char * activations; /* of the context: how vectors are rounded that meet quantized
                                  matrices. NULL or "A16": to 14 bits and a sign. "int8": to 7, which
-                                 reads prompts faster and is less exact */
+                                 reads prompts faster and is less exact. "bf16": as A16, and FP32
+                                 and FP16 matrices and what they are multiplied with are rounded to
+                                 bfloat16, for the same reason: a copy in private memory, which
+                                 takes 2 bytes a weight; not with sparse_ffn */
     rwkv_progress progress;   /* bytes of the file; may be NULL */
     void * progress_user;
 };
@@ -131,7 +134,8 @@ static inline struct rwkv_load_options rwkv_default_load_options(void) {
 struct rwkv_context_options {
     uint32_t size;
     uint32_t n_threads;       /* as above */
-    const char * activations; /* as above; NULL: those of ctx */
+    const char * activations; /* as above; NULL: those of ctx; an error if these are bf16 and those
+                                 of ctx are not, or the other way round */
 };
 static inline struct rwkv_context_options rwkv_default_context_options(void) {
     struct rwkv_context_options options = {sizeof options, 0, NULL};

@@ -33,7 +33,7 @@ enum Kind {
 constexpr size_t max_rows = 256; /* tokens that are evaluated in one pass over the weights */
 constexpr size_t max_logit_rows = 32;
 
-/* Vectors of one length, one per token, and their quantized form. */
+/* Vectors of one length, one per token, and their rounded form (ggml_make_act). */
 struct Rows {
     float * x = nullptr;
     size_t n = 0;

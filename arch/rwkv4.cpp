@@ -292,11 +292,9 @@ struct Forward : Pass {
         team.run(count, GGML_ROW_UNIT, f);
     }
 
-    // Elements [first, last) of a row, as input of w.
-    void quantize(const Weight & w, const Rows & in, size_t t, size_t first, size_t last) const {
-        if (!ggml_type_traits(w.type)->quantized) return;
-        kernels.quantize_act(activations, last - first, in[t] + first,
-                             in.act + t * in.act_size + ggml_act_offset(first));
+    // Rounds elements [first, last) of a row as w takes them.
+    void prepare(const Weight & w, const Rows & in, size_t t, size_t first, size_t last) const {
+        ggml_make_act(&kernels, w.type, activations, in[t], first, last, in.act + t * in.act_size);
     }
 
     // out = w·in, elements [first, last) of each row.
@@ -317,7 +315,7 @@ struct Forward : Pass {
         const Segment & in = segment(t);
         const float * before = t > in.first ? s.xx[t - 1] : state(in, layer, carried);
         kernels.lerp(n, s.xx[t], before, mix, out[t]);
-        quantize(w, out, t, 0, n);
+        prepare(w, out, t, 0, n);
     }
 
     // Keeps xx of the last token for the next one.
@@ -357,7 +355,7 @@ struct Forward : Pass {
             multiply(l.att_value, s.xv, s.v, first, last);
             multiply(l.att_receptance, s.xr, s.r, first, last);
             average(layer, first, last);
-            for (size_t t = 0; t < chunk.n_rows; t++) quantize(l.att_output, s.y, t, first, last);
+            for (size_t t = 0; t < chunk.n_rows; t++) prepare(l.att_output, s.y, t, first, last);
         });
         each_piece(n, [&](size_t first, size_t last) {
             multiply(l.att_output, s.y, s.v, first, last);
@@ -417,7 +415,7 @@ struct Forward : Pass {
         for (size_t t = 0; t < chunk.n_rows; t++) {
             float * k = s.ffn[t] + first;
             kernels.relu2(last - first, k, k);
-            quantize(l.ffn_value, s.ffn, t, first, last);
+            prepare(l.ffn_value, s.ffn, t, first, last);
         }
     }
 
@@ -435,7 +433,7 @@ struct Forward : Pass {
     void head(float * hidden, size_t n_rows) const {
         const Rows in = {hidden, n, s.xk.act, s.xk.act_size};
         team.run(n_rows, 1, [&](size_t first, size_t last) {
-            for (size_t t = first; t < last; t++) quantize(weights.head, in, t, 0, n);
+            for (size_t t = first; t < last; t++) prepare(weights.head, in, t, 0, n);
         });
         each_piece(shape.n_vocab, [&](size_t first, size_t last) {
             multiply(weights.head, in, s.logits, first, last, n_rows);

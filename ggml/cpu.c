@@ -18,9 +18,9 @@
 #if defined(_MSC_VER)
 #include <intrin.h>
 
-static void cpuid(uint32_t leaf, uint32_t r[4]) {
+static void cpuid(uint32_t leaf, uint32_t part, uint32_t r[4]) {
     int out[4];
-    __cpuidex(out, (int)leaf, 0);
+    __cpuidex(out, (int)leaf, (int)part);
     memcpy(r, out, sizeof out);
 }
 
@@ -30,8 +30,8 @@ static uint64_t saved_registers(void) {
 #else
 #include <cpuid.h>
 
-static void cpuid(uint32_t leaf, uint32_t r[4]) {
-    __cpuid_count(leaf, 0, r[0], r[1], r[2], r[3]);
+static void cpuid(uint32_t leaf, uint32_t part, uint32_t r[4]) {
+    __cpuid_count(leaf, part, r[0], r[1], r[2], r[3]);
 }
 
 static uint64_t saved_registers(void) {
@@ -43,7 +43,7 @@ static uint64_t saved_registers(void) {
 
 static const uint32_t known = CPU_SSE2 | CPU_AVX | CPU_AVX2 | CPU_FMA | CPU_F16C | CPU_AVX512F |
                               CPU_AVX512BW | CPU_AVX512DQ | CPU_AVX512VL | CPU_AVX512VNNI |
-                              CPU_AMX_INT8;
+                              CPU_AVX512BF16 | CPU_AMX_INT8 | CPU_AMX_BF16;
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
@@ -69,13 +69,14 @@ static uint32_t flag(uint32_t word, int bit, uint32_t feature) {
  * threads. */
 uint32_t ggml_cpu_detect(void) {
     const uint64_t ymm = 0x06, zmm = 0xE6, tiles = 0x60000;
-    uint32_t r[4] = {0}, leaf7[4] = {0};
-    cpuid(0, r);
+    uint32_t r[4] = {0}, leaf7[4] = {0}, more[4] = {0};
+    cpuid(0, 0, r);
     uint32_t max_leaf = r[0];
-    cpuid(1, r);
+    cpuid(1, 0, r);
     bool osxsave = r[2] >> 27 & 1;
     uint64_t saved = osxsave ? saved_registers() : 0;
-    if (max_leaf >= 7) cpuid(7, leaf7);
+    if (max_leaf >= 7) cpuid(7, 0, leaf7);
+    if (leaf7[0] >= 1) cpuid(7, 1, more);
     uint32_t features = flag(r[3], 26, CPU_SSE2);
     if ((saved & ymm) == ymm && (r[2] >> 28 & 1)) {
         features |= CPU_AVX | flag(r[2], 12, CPU_FMA) | flag(r[2], 29, CPU_F16C) |
@@ -84,11 +85,11 @@ uint32_t ggml_cpu_detect(void) {
     if ((saved & zmm) == zmm && (leaf7[1] >> 16 & 1)) {
         features |= CPU_AVX512F | flag(leaf7[1], 17, CPU_AVX512DQ) |
                     flag(leaf7[1], 30, CPU_AVX512BW) | flag(leaf7[1], 31, CPU_AVX512VL) |
-                    flag(leaf7[2], 11, CPU_AVX512VNNI);
+                    flag(leaf7[2], 11, CPU_AVX512VNNI) | flag(more[0], 5, CPU_AVX512BF16);
     }
     if ((leaf7[3] >> 24 & 1) && (leaf7[3] >> 25 & 1)) {
         const bool usable = (saved & tiles) == tiles && tiles_permitted();
-        features |= usable ? CPU_AMX_INT8 : CPU_AMX_REFUSED;
+        features |= usable ? CPU_AMX_INT8 | flag(leaf7[3], 22, CPU_AMX_BF16) : CPU_AMX_REFUSED;
     }
     return features;
 }
@@ -147,13 +148,22 @@ void ggml_cpu_describe(uint32_t features, char * text, size_t size) {
         uint32_t feature;
         const char * name;
     } names[] = {
-        {CPU_SSE2, "SSE2"},         {CPU_AVX, "AVX"},
-        {CPU_AVX2, "AVX2"},         {CPU_FMA, "FMA"},
-        {CPU_F16C, "F16C"},         {CPU_AVX512F, "AVX512F"},
-        {CPU_AVX512BW, "AVX512BW"}, {CPU_AVX512DQ, "AVX512DQ"},
-        {CPU_AVX512VL, "AVX512VL"}, {CPU_AVX512VNNI, "AVX512_VNNI"},
-        {CPU_NEON, "NEON"},         {CPU_DOTPROD, "DOTPROD"},
-        {CPU_I8MM, "I8MM"},         {CPU_AMX_INT8, "AMX_INT8"},
+        {CPU_SSE2, "SSE2"},
+        {CPU_AVX, "AVX"},
+        {CPU_AVX2, "AVX2"},
+        {CPU_FMA, "FMA"},
+        {CPU_F16C, "F16C"},
+        {CPU_AVX512F, "AVX512F"},
+        {CPU_AVX512BW, "AVX512BW"},
+        {CPU_AVX512DQ, "AVX512DQ"},
+        {CPU_AVX512VL, "AVX512VL"},
+        {CPU_AVX512VNNI, "AVX512_VNNI"},
+        {CPU_AVX512BF16, "AVX512_BF16"},
+        {CPU_NEON, "NEON"},
+        {CPU_DOTPROD, "DOTPROD"},
+        {CPU_I8MM, "I8MM"},
+        {CPU_AMX_INT8, "AMX_INT8"},
+        {CPU_AMX_BF16, "AMX_BF16"},
     };
     size_t used = 0;
     text[0] = 0;

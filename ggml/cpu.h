@@ -21,6 +21,8 @@ enum {
     CPU_I8MM = 1 << 12,
     CPU_AMX_INT8 = 1 << 13,    /* and its tiles */
     CPU_AMX_REFUSED = 1 << 14, /* the CPU has it, the operating system does not let us use it */
+    CPU_AVX512BF16 = 1 << 15,
+    CPU_AMX_BF16 = 1 << 16,
 };
 
 /* Asks the CPU, which is slow under a hypervisor, and where it has tiles asks the system to let

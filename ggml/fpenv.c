@@ -1,7 +1,7 @@
 /* Rounding mode and treatment of denormals, as the caller may have set them for this thread. */
 #include <fenv.h>
 
-#include "ggml.h"
+#include "kernels.h"
 
 #if defined(__x86_64__) || defined(__SSE__) || defined(_M_X64)
 #include <xmmintrin.h>
@@ -12,7 +12,13 @@ static uint32_t set_control(uint32_t control) {
     _mm_setcsr(control);
     return saved;
 }
-enum { DEFAULT_CONTROL = 0x1F80 };
+enum { DEFAULT_CONTROL = 0x1F80, FLUSH = 0x8040 };
+
+uint64_t ggml_fp_flush(void) {
+    const uint64_t saved = ggml_fp_enter();
+    set_control(DEFAULT_CONTROL | FLUSH);
+    return saved;
+}
 
 #elif defined(__aarch64__) && defined(__GNUC__)
 

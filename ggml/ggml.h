@@ -35,6 +35,8 @@ enum ggml_type {
     GGML_TYPE_Q5_0,
     GGML_TYPE_Q5_1,
     GGML_TYPE_Q8_0,
+    GGML_FILE_TYPES,                  /* so many are found in files; */
+    GGML_TYPE_BF16 = GGML_FILE_TYPES, /* this one is what FP32 and FP16 can be made in memory */
     GGML_TYPE_COUNT
 };
 
@@ -46,7 +48,7 @@ struct ggml_type_info {
     uint32_t file_id;       /* data_type in a file */
     uint32_t first_version; /* file versions that hold this layout, from … */
     uint32_t last_version;  /* … to */
-    uint32_t block_size;    /* weights per block; 1 for FP32 and FP16 */
+    uint32_t block_size;    /* weights per block; 1 for FP32, FP16 and BF16 */
     uint32_t block_bytes;
     bool quantized;
 };
@@ -60,17 +62,18 @@ enum ggml_type ggml_type_of_file(uint32_t version, uint32_t file_id);
  * GGML_ROW_UNIT. */
 size_t ggml_row_size(enum ggml_type type, size_t n);
 
-/* The definition of each format (README.md, quantize.c). n as in ggml_row_size; the packed row
- * needs no alignment. Quantizing follows the rules of the layout's own time, byte for byte. */
+/* The definition of each format of files (README.md, quantize.c). n as in ggml_row_size; the packed
+ * row needs no alignment. Quantizing follows the rules of the layout's own time, byte for byte. */
 void ggml_quantize_row(enum ggml_type type, const float * x, void * row, size_t n);
 void ggml_dequantize_row(enum ggml_type type, const void * row, float * x, size_t n);
 
 /* ---- Matrices ------------------------------------------------------------------------------- */
 
-#define GGML_STRIPE 16 /* rows that are interleaved in a stripe of a quantized matrix */
+#define GGML_STRIPE 16 /* rows that are interleaved in a stripe */
 
 /* rows × cols weights, y = W·x. FP32 and FP16: rows as they lie in the file, at any address.
- * Quantized: stripes made by ggml_pack_stripes, at a multiple of 64 bytes. */
+ * Quantized and BF16: stripes made by ggml_pack_stripes or ggml_pack_bf16, at a multiple of 64
+ * bytes. */
 struct ggml_matrix {
     enum ggml_type type;
     size_t rows;
@@ -80,7 +83,8 @@ struct ggml_matrix {
                              NULL: there is no such copy */
 };
 
-/* Bytes of one stripe (a multiple of 64), and of the ceil(rows / 16) stripes of a matrix. */
+/* Bytes of one stripe (a multiple of 64), and of the ceil(rows / 16) stripes of a matrix; 0: this
+ * type has none. */
 size_t ggml_stripe_size(enum ggml_type type, size_t cols);
 size_t ggml_stripes_size(enum ggml_type type, size_t rows, size_t cols);
 
@@ -91,6 +95,10 @@ size_t ggml_stripes_size(enum ggml_type type, size_t rows, size_t cols);
  */
 bool ggml_pack_stripes(enum ggml_type type, size_t rows, size_t cols, const void * src, void * dst,
                        size_t first, size_t last, size_t * bad_block);
+
+/* The same from FP32 or FP16, `type`, to GGML_TYPE_BF16; nothing can be wrong. */
+void ggml_pack_bf16(enum ggml_type type, size_t rows, size_t cols, const void * src, void * dst,
+                    size_t first, size_t last);
 
 /* A copy by columns, from which a vector with many zeros is multiplied faster: the columns that
  * meet zeros are not read. All weights have to be finite. Bytes of the copy; 0: not for this type.
@@ -111,17 +119,14 @@ enum ggml_activations { GGML_A16, GGML_A8 };
 struct ggml_input {
     const float * x; /* vector t at x + t * ldx */
     size_t ldx;
-    const uint8_t * act; /* their quantized form, vector t at act + t * ggml_act_size(cols); may be
-                            NULL where only FP32 and FP16 matrices are applied */
-    enum ggml_activations activations; /* that form */
+    const uint8_t * act; /* as ggml_make_act leaves them, vector t at act + t * ggml_act_size(cols);
+                            may be NULL where only FP32 and FP16 matrices are applied */
+    enum ggml_activations activations; /* of quantized matrices */
     size_t n;
 };
 
-/* Bytes of the quantized form of a vector of cols floats (a multiple of 64). */
+/* Bytes of the rounded form of a vector of cols floats (a multiple of 64). */
 size_t ggml_act_size(size_t cols);
-
-/* Where in it the elements from k on begin; k is a multiple of GGML_ROW_UNIT. */
-size_t ggml_act_offset(size_t k);
 
 /* Everything that is done fast, once per instruction set. Vectors have any length and alignment
  * (act: 32 bytes); an output may be the very same vector as an input, otherwise they do not
@@ -130,9 +135,11 @@ struct ggml_kernels {
     const char * isa; /* "scalar", "avx2", … */
     uint32_t needs;   /* CPU features (cpu.h) that it was compiled for */
 
-    /* act := x cut into blocks of 32 and rounded; n is a multiple of GGML_ROW_UNIT */
+    /* act := x cut into blocks of 32 and rounded, as quantized matrices take it, n being a multiple
+     * of GGML_ROW_UNIT; or as BF16 ones do: the last block is filled up with zeros */
     void (*quantize_act)(enum ggml_activations activations, size_t n, const float * x,
                          uint8_t * act);
+    void (*bf16_act)(size_t n, const float * x, uint8_t * act);
 
     /* y[t * ldy + r] = W[r]·x[t] for rows r in [first, last); first is a multiple of 16, and last
      * too or W's number of rows. One entry per type. */
@@ -170,6 +177,13 @@ struct ggml_kernels {
 /* The strongest level this CPU and its operating system allow, or the one called `isa` if that is
  * not NULL. NULL if there is no such level here; *reason (static text) then says why. */
 const struct ggml_kernels * ggml_kernels_select(const char * isa, const char ** reason);
+
+/* Rounds elements [first, last) of x as matrices of this type take them, into their place in act,
+ * ggml_act_size(cols) bytes at a multiple of 64; nothing for FP32 and FP16. first is a multiple of
+ * GGML_ROW_UNIT, last too or cols. */
+void ggml_make_act(const struct ggml_kernels * kernels, enum ggml_type type,
+                   enum ggml_activations activations, const float * x, size_t first, size_t last,
+                   uint8_t * act);
 
 /* What kernels->matmul is for; skips columns where the matrix and the input allow it. */
 void ggml_multiply(const struct ggml_kernels * kernels, const struct ggml_matrix * w,

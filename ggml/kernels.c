@@ -18,6 +18,9 @@ static const struct ggml_kernels * const levels[] = {
 #ifdef GGML_ISA_avx512
     &ggml_kernels_avx512,
 #endif
+#ifdef GGML_ISA_avx512bf16
+    &ggml_kernels_avx512bf16,
+#endif
 #ifdef GGML_ISA_amx
     &ggml_kernels_amx,
 #endif
@@ -41,6 +44,7 @@ static void lay_over(struct ggml_kernels * table, const struct ggml_kernels * le
     for (int type = 0; type < GGML_TYPE_COUNT; type++) TAKE(matmul[type]);
     for (int type = 0; type < GGML_TYPE_COUNT; type++) TAKE(sparse[type]);
     TAKE(quantize_act);
+    TAKE(bf16_act);
     TAKE(layer_norm);
     TAKE(lerp);
     TAKE(exp);
@@ -81,6 +85,17 @@ const struct ggml_kernels * ggml_kernels_select(const char * isa, const char ** 
 const char * ggml_cpu_features(void) {
     ggml_once(init);
     return features_text;
+}
+
+void ggml_make_act(const struct ggml_kernels * kernels, enum ggml_type type,
+                   enum ggml_activations activations, const float * x, size_t first, size_t last,
+                   uint8_t * act) {
+    if (type == GGML_TYPE_BF16) {
+        kernels->bf16_act(last - first, x + first, act + first / 32 * GGML_BF16_WORDS * 4);
+    } else if (ggml_type_traits(type)->quantized) {
+        kernels->quantize_act(activations, last - first, x + first,
+                              act + first / 32 * sizeof(struct ggml_act));
+    }
 }
 
 static bool is_minus_zero(float y) {

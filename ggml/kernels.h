@@ -15,6 +15,7 @@ extern const struct ggml_kernels ggml_kernels_scalar;
 extern const struct ggml_kernels ggml_kernels_sse2;
 extern const struct ggml_kernels ggml_kernels_avx2;
 extern const struct ggml_kernels ggml_kernels_avx512;
+extern const struct ggml_kernels ggml_kernels_avx512bf16;
 extern const struct ggml_kernels ggml_kernels_amx;
 extern const struct ggml_kernels ggml_kernels_neon;
 
@@ -63,6 +64,17 @@ GGML_INLINE struct ggml_stripe_block ggml_stripe_block(enum ggml_type type) {
     [GGML_TYPE_Q4_0] = matmul_Q4_0, [GGML_TYPE_Q4_1] = matmul_Q4_1,                                \
     [GGML_TYPE_Q5_0] = matmul_Q5_0, [GGML_TYPE_Q5_1] = matmul_Q5_1, [GGML_TYPE_Q8_0] = matmul_Q8_0
 
+/* Of GGML_TYPE_BF16 a stripe has [16][16] words for every 32 columns, the last ones filled up with
+ * zeros: word p of each row side by side. Its high half is the weight of column
+ * ggml_bf16_column(p), the low one that of two columns further. So are the words of a vector, [16]
+ * for 32 columns. The first eight hold the even columns, the others the odd ones: vdpbf16ps, which
+ * takes first the high halves and then the low ones, comes by all of them in ascending order. */
+enum { GGML_BF16_WORDS = 16, GGML_BF16_BLOCK = GGML_BF16_WORDS * GGML_STRIPE * 4 /* bytes */ };
+
+GGML_INLINE int ggml_bf16_column(int p) {
+    return p % 8 * 4 + p / 8;
+}
+
 /* ---- Blocks of rows ---------------------------------------------------------------------------
  */
 
@@ -106,5 +118,8 @@ GGML_INLINE const struct ggml_act * ggml_act_of(const struct ggml_input * in, si
                                                 size_t stride) {
     return (const struct ggml_act *)(const void *)(in->act + t * stride);
 }
+
+/* Until ggml_fp_leave(what this returned), denormals count as zeros, as BF16 wants it; x86. */
+uint64_t ggml_fp_flush(void);
 
 #endif

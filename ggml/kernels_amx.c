@@ -254,12 +254,138 @@ GGML_INLINE void matmul_tiles(enum ggml_type type, enum ggml_activations activat
 
 GGML_QUANTIZED(INSTANCE)
 
+/* ---- BF16 matrices -------------------------------------------------------------------------- */
+
+/* A tile product is a step of the definition, so sums stay in tiles while a panel lasts: squares of
+ * two groups of vectors by two stripes. Tiles want columns 2r and 2r + 1 as a pair. */
+enum {
+    BF16_VECTORS = 256, /* that share weights in this order */
+    BF16_BLOCKS = 8     /* of 32 columns in a panel */
+};
+
+enum bf16_tile { SUMS_00, SUMS_01, SUMS_10, SUMS_11, ACTS_0, ACTS_1, WEIGHTS_0, WEIGHTS_1 };
+
+struct bf16_panel {
+    _Alignas(64) uint32_t weights[STRIPES][BF16_BLOCKS][GGML_BF16_WORDS][GGML_STRIPE];
+    _Alignas(64) uint32_t acts[BF16_BLOCKS][2 * GROUP][GGML_BF16_WORDS];
+    _Alignas(64) float sums[BF16_VECTORS / GROUP][STRIPES][GROUP][GGML_STRIPE];
+};
+
+/* Blocks from column k on of the stripes; the last stripe stands in for those that do not exist. */
+GGML_INLINE void order_weights(const uint8_t * stripes, size_t stripe_size, size_t n_stripes,
+                               size_t n_blocks, struct bf16_panel * panel) {
+    const __mmask32 high = 0xAAAAAAAA; /* halves of words */
+    for (size_t s = 0; s < (n_stripes + 1) / 2 * 2; s++) {
+        const uint8_t * words = stripes + (s < n_stripes ? s : n_stripes - 1) * stripe_size;
+        for (size_t b = 0; b < n_blocks; b++, words += GGML_BF16_BLOCK) {
+            for (int p = 0; p < 8; p++) {
+                const __m512i even = _mm512_loadu_si512(words + 64 * p);
+                const __m512i odd = _mm512_loadu_si512(words + 64 * (p + 8));
+                uint32_t (*to)[GGML_STRIPE] = panel->weights[s][b] + 2 * p;
+                _mm512_store_si512(to[0],
+                                   _mm512_mask_blend_epi16(high, _mm512_srli_epi32(even, 16), odd));
+                _mm512_store_si512(to[1],
+                                   _mm512_mask_blend_epi16(high, even, _mm512_slli_epi32(odd, 16)));
+            }
+        }
+    }
+}
+
+/* The same of vectors [t, t + 2 * GROUP). */
+GGML_INLINE void order_acts(const struct ggml_matrix * w, const struct ggml_input * in, size_t t,
+                            size_t k, size_t n_blocks, struct bf16_panel * panel) {
+    uint16_t places[32];
+    for (int p = 0; p < GGML_BF16_WORDS; p++) {
+        places[ggml_bf16_column(p)] = (uint16_t)(2 * p + 1);
+        places[ggml_bf16_column(p) + 2] = (uint16_t)(2 * p);
+    }
+    const __m512i order = _mm512_loadu_si512(places);
+    for (size_t i = 0; i < 2 * GROUP; i++) {
+        const size_t vector = t + i < in->n ? t + i : in->n - 1;
+        const uint8_t * words = in->act + vector * ggml_act_size(w->cols) + k / 32 * 64;
+        for (size_t b = 0; b < n_blocks; b++)
+            _mm512_store_si512(panel->acts[b][i],
+                               _mm512_permutexvar_epi16(order, _mm512_loadu_si512(words + 64 * b)));
+    }
+}
+
+/* Adds a panel to the sums of groups g and g + 1 in stripes s and s + 1. */
+GGML_INLINE void square_times(struct bf16_panel * panel, size_t n_blocks, size_t g, size_t s) {
+    tile_load(SUMS_00, panel->sums[g][s], 64);
+    tile_load(SUMS_01, panel->sums[g][s + 1], 64);
+    tile_load(SUMS_10, panel->sums[g + 1][s], 64);
+    tile_load(SUMS_11, panel->sums[g + 1][s + 1], 64);
+    for (size_t b = 0; b < n_blocks; b++) {
+        tile_load(ACTS_0, panel->acts[b], 64);
+        tile_load(WEIGHTS_0, panel->weights[s][b], 64);
+        tile_dot_bf16(SUMS_00, ACTS_0, WEIGHTS_0);
+        tile_load(WEIGHTS_1, panel->weights[s + 1][b], 64);
+        tile_dot_bf16(SUMS_01, ACTS_0, WEIGHTS_1);
+        tile_load(ACTS_1, panel->acts[b] + GROUP, 64);
+        tile_dot_bf16(SUMS_10, ACTS_1, WEIGHTS_0);
+        tile_dot_bf16(SUMS_11, ACTS_1, WEIGHTS_1);
+    }
+    tile_store(SUMS_00, panel->sums[g][s], 64);
+    tile_store(SUMS_01, panel->sums[g][s + 1], 64);
+    tile_store(SUMS_10, panel->sums[g + 1][s], 64);
+    tile_store(SUMS_11, panel->sums[g + 1][s + 1], 64);
+}
+
+/* STRIPES stripes from row `row` on, or as many as there are, times up to BF16_VECTORS vectors. */
+static void bf16_rows_times(const struct ggml_matrix * w, const struct ggml_input * in, size_t t,
+                            float * y, size_t ldy, size_t row, size_t last) {
+    const size_t n = in->n - t < BF16_VECTORS ? in->n - t : BF16_VECTORS;
+    const size_t stripe_size = ggml_stripe_size(GGML_TYPE_BF16, w->cols);
+    const size_t all_blocks = stripe_size / GGML_BF16_BLOCK;
+    const size_t left = (last - row + GGML_STRIPE - 1) / GGML_STRIPE;
+    const size_t n_stripes = left < STRIPES ? left : STRIPES;
+    const uint8_t * stripes = (const uint8_t *)w->data + row / GGML_STRIPE * stripe_size;
+    struct bf16_panel panel;
+    memset(panel.sums, 0, sizeof panel.sums);
+    for (size_t b = 0; b < all_blocks; b += BF16_BLOCKS) {
+        const size_t n_blocks = all_blocks - b < BF16_BLOCKS ? all_blocks - b : BF16_BLOCKS;
+        order_weights(stripes + b * GGML_BF16_BLOCK, stripe_size, n_stripes, n_blocks, &panel);
+        for (size_t g = 0; g * GROUP < n; g += 2) {
+            order_acts(w, in, t + g * GROUP, 32 * b, n_blocks, &panel);
+            for (size_t s = 0; s < n_stripes; s += 2) square_times(&panel, n_blocks, g, s);
+        }
+    }
+    for (size_t i = 0; i < n; i++) {
+        for (size_t s = 0; s < n_stripes; s++) {
+            const size_t first = row + s * GGML_STRIPE;
+            const __mmask16 rows =
+                (__mmask16)(last - first < 16 ? (1u << (last - first)) - 1 : 0xFFFF);
+            _mm512_mask_storeu_ps(y + (t + i) * ldy + first, rows,
+                                  _mm512_load_ps(panel.sums[i / GROUP][s][i % GROUP]));
+        }
+    }
+}
+
+static void matmul_BF16(const struct ggml_matrix * w, const struct ggml_input * in, float * y,
+                        size_t ldy, size_t first, size_t last) {
+    if (in->n < FEWEST) {
+        ggml_kernels_avx512bf16.matmul[GGML_TYPE_BF16](w, in, y, ldy, first, last);
+        return;
+    }
+    struct tile_config config = {.palette = 1};
+    for (int tile = SUMS_00; tile <= WEIGHTS_1; tile++) {
+        config.rows[tile] = 16;
+        config.colsb[tile] = 64;
+    }
+    tile_configure(&config);
+    for (size_t t = 0; t < in->n; t += BF16_VECTORS)
+        for (size_t row = first; row < last; row += STRIPES * GGML_STRIPE)
+            bf16_rows_times(w, in, t, y, ldy, row, last);
+    tile_release();
+}
+
 const struct ggml_kernels ggml_kernels_amx = {
     .isa = "amx",
     .needs = CPU_AVX | CPU_AVX2 | CPU_FMA | CPU_F16C | CPU_AVX512F | CPU_AVX512BW | CPU_AVX512DQ |
-             CPU_AVX512VL | CPU_AVX512VNNI | CPU_AMX_INT8,
+             CPU_AVX512VL | CPU_AVX512VNNI | CPU_AVX512BF16 | CPU_AMX_INT8 | CPU_AMX_BF16,
     .matmul =
         {
+            [GGML_TYPE_BF16] = matmul_BF16,
             GGML_QUANTIZED_ENTRIES,
         },
 };

@@ -16,8 +16,9 @@
  */
 
 enum {
-    MOST = 16,   /* vectors that share an unpacked block */
-    AHEAD = 1024 /* bytes from what is read to what is prefetched */
+    MOST = 16,        /* vectors that share an unpacked block */
+    AHEAD = 1024,     /* bytes from what is read to what is prefetched */
+    BF16_VECTORS = 4, /* so many vectors' sums of bf16 fit in registers */
 };
 
 /* A block of a stripe, unpacked for several vectors. */
@@ -625,6 +626,96 @@ GGML_INLINE void add_columns(bool wide, int n, const uint8_t * const * columns,
 
 GGML_COLUMNS_INSTANCES
 
+/* ---- BF16 matrices -------------------------------------------------------------------------- */
+
+/* A tile, as of quantized matrices: stripes that begin at rows `row` and, if there are two, `row` +
+ * `apart`, times vectors [t, t + n) of the input; both numbers are constants. */
+GGML_INLINE void bf16_tile_times(int stripes, int n, const struct ggml_matrix * w,
+                                 const struct ggml_input * in, size_t t, float * y, size_t ldy,
+                                 size_t row, size_t apart, size_t last) {
+    const size_t stripe_size = ggml_stripe_size(GGML_TYPE_BF16, w->cols);
+    const size_t act_size = ggml_act_size(w->cols);
+    const __m256i upper = _mm256_set1_epi32((int)0xFFFF0000);
+    const uint8_t * from = (const uint8_t *)w->data + row / GGML_STRIPE * stripe_size;
+    const size_t gap = apart / GGML_STRIPE * stripe_size;
+    const uint8_t * act = in->act + t * act_size;
+    __m256 acc[2][BF16_VECTORS][2];
+    for (int s = 0; s < stripes; s++)
+        for (int i = 0; i < n; i++) acc[s][i][0] = acc[s][i][1] = _mm256_setzero_ps();
+    for (size_t k = 0; k < w->cols; k += 32) {
+        for (int s = 0; s < stripes; s++) {
+            __m256 sum[2][BF16_VECTORS][2];
+            for (int odd = 0; odd < 2; odd++) {
+                for (int i = 0; i < n; i++) sum[odd][i][0] = sum[odd][i][1] = _mm256_setzero_ps();
+#pragma GCC unroll 8
+                for (int p = 8 * odd; p < 8 * odd + 8; p++) {
+                    const uint8_t * words = from + (size_t)s * gap + 64 * p;
+                    __m256 high[2], low[2];
+                    _mm_prefetch((const char *)words + AHEAD, _MM_HINT_T0);
+                    for (int half = 0; half < 2; half++) {
+                        const __m256i word = load_bytes(words, half);
+                        high[half] = _mm256_castsi256_ps(_mm256_and_si256(word, upper));
+                        low[half] = _mm256_castsi256_ps(_mm256_slli_epi32(word, 16));
+                    }
+                    for (int i = 0; i < n; i++) {
+                        const __m256i x = broadcast(act + (size_t)i * act_size + 4 * p);
+                        const __m256 x_high = _mm256_castsi256_ps(_mm256_and_si256(x, upper));
+                        const __m256 x_low = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+                        __m256 * to = sum[odd][i];
+                        for (int half = 0; half < 2; half++) {
+                            to[half] = _mm256_fmadd_ps(high[half], x_high, to[half]);
+                            to[half] = _mm256_fmadd_ps(low[half], x_low, to[half]);
+                        }
+                    }
+                }
+            }
+            for (int i = 0; i < n; i++)
+                for (int half = 0; half < 2; half++)
+                    acc[s][i][half] = _mm256_add_ps(
+                        acc[s][i][half], _mm256_add_ps(sum[0][i][half], sum[1][i][half]));
+        }
+        from += GGML_BF16_BLOCK;
+        act += GGML_BF16_WORDS * 4;
+    }
+    for (int s = 0; s < stripes; s++) {
+        const size_t r = row + (size_t)s * apart;
+        for (int i = 0; i < n; i++) store_rows(y + (t + (size_t)i) * ldy + r, last - r, acc[s][i]);
+    }
+}
+
+static void matmul_BF16(const struct ggml_matrix * w, const struct ggml_input * in, float * y,
+                        size_t ldy, size_t first, size_t last) {
+    const uint64_t saved = ggml_fp_flush();
+    if (in->n == 1) {
+        const size_t part = (last - first) / (2 * GGML_STRIPE) * GGML_STRIPE;
+        for (size_t row = first; row < first + part; row += GGML_STRIPE)
+            bf16_tile_times(2, 1, w, in, 0, y, ldy, row, part, last);
+        for (size_t row = first + 2 * part; row < last; row += GGML_STRIPE)
+            bf16_tile_times(1, 1, w, in, 0, y, ldy, row, 0, last);
+    } else {
+        for (size_t row = first; row < last; row += GGML_STRIPE) {
+            for (size_t t = 0, n; t < in->n; t += n) {
+                const size_t rest = in->n - t;
+                n = rest / ((rest + BF16_VECTORS - 1) / BF16_VECTORS);
+                switch (n) {
+                case 1:
+                    bf16_tile_times(1, 1, w, in, t, y, ldy, row, 0, last);
+                    break;
+                case 2:
+                    bf16_tile_times(1, 2, w, in, t, y, ldy, row, 0, last);
+                    break;
+                case 3:
+                    bf16_tile_times(1, 3, w, in, t, y, ldy, row, 0, last);
+                    break;
+                default:
+                    bf16_tile_times(1, BF16_VECTORS, w, in, t, y, ldy, row, 0, last);
+                }
+            }
+        }
+    }
+    ggml_fp_leave(saved);
+}
+
 /* ---- Vectors -------------------------------------------------------------------------------- */
 
 GGML_INLINE __m256i sum_pairs(__m256i a) {
@@ -692,6 +783,34 @@ static void quantize_act(enum ggml_activations activations, size_t n, const floa
         act->sum = act->sum_half[0] + act->sum_half[1];
         act->s = d * (float)act->sum;
         act->unused = 0;
+    }
+}
+
+/* Words of columns [0, 8) of x: two even ones and, 8 words further, two odd ones. */
+GGML_INLINE void make_words(const float * x, uint8_t * words) {
+    const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x));
+    const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF));
+    const __m256i last_bit = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i nan = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7F800000));
+    const __m256i tiny = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x00800000), magnitude);
+    __m256i v = _mm256_add_epi32(bits, _mm256_add_epi32(last_bit, _mm256_set1_epi32(0x7FFF)));
+    v = _mm256_blendv_epi8(v, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
+    v = _mm256_blendv_epi8(v, _mm256_xor_si256(bits, magnitude), tiny);
+    v = _mm256_and_si256(v, _mm256_set1_epi32((int)0xFFFF0000));
+    /* of each four columns, the last two go below the first two */
+    v = _mm256_or_si256(v, _mm256_srli_epi32(_mm256_shuffle_epi32(v, 0xEE), 16));
+    v = _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0));
+    const __m128i both = _mm256_castsi256_si128(v);
+    _mm_storel_epi64((__m128i *)(void *)words, both);
+    _mm_storel_epi64((__m128i *)(void *)(words + 32), _mm_unpackhi_epi64(both, both));
+}
+
+static void bf16_act(size_t n, const float * x, uint8_t * act) {
+    for (size_t k = 0; k < n; k += 32, act += GGML_BF16_WORDS * 4) {
+        float rest[32] = {0};
+        const float * block = x + k;
+        if (n - k < 32) block = memcpy(rest, block, (n - k) * sizeof *x);
+        for (int i = 0; i < 4; i++) make_words(block + 8 * i, act + 8 * i);
     }
 }
 
@@ -886,10 +1005,12 @@ const struct ggml_kernels ggml_kernels_avx2 = {
     .isa = "avx2",
     .needs = CPU_AVX | CPU_AVX2 | CPU_FMA | CPU_F16C,
     .quantize_act = quantize_act,
+    .bf16_act = bf16_act,
     .matmul =
         {
             [GGML_TYPE_FP32] = matmul_FP32,
             [GGML_TYPE_FP16] = matmul_FP16,
+            [GGML_TYPE_BF16] = matmul_BF16,
             GGML_QUANTIZED_ENTRIES,
         },
     .sparse = {[GGML_TYPE_FP32] = sparse_FP32, [GGML_TYPE_FP16] = sparse_FP16},

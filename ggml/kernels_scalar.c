@@ -3,6 +3,7 @@
  * a sum, so that a compiler can use whatever vectors the baseline has. */
 #include <math.h>
 
+#include "bf16.h"
 #include "columns.h"
 #include "fma32.h"
 #include "fp16.h"
@@ -149,6 +150,46 @@ static void matmul_FP16(const struct ggml_matrix * w, const struct ggml_input * 
     matmul_rows(false, w, in, y, ldy, first, last);
 }
 
+/* To float; a number that is less than the smallest normal one, even when rounded to as many bits,
+ * becomes a zero. */
+GGML_INLINE float flush(double x) {
+    return fabs(x) < 0x1.FFFFFFp-127 ? (float)copysign(0, x) : (float)x;
+}
+
+/* A sum in double is rounded twice here, which does no harm: unless it is exact, one of its terms
+ * is too small to matter to a float. */
+static void matmul_BF16(const struct ggml_matrix * w, const struct ggml_input * in, float * y,
+                        size_t ldy, size_t first, size_t last) {
+    const size_t stripe_size = ggml_stripe_size(w->type, w->cols);
+    const size_t act_size = ggml_act_size(w->cols);
+    for (size_t stripe = first; stripe < last; stripe += GGML_STRIPE) {
+        const size_t rows = last - stripe < GGML_STRIPE ? last - stripe : GGML_STRIPE;
+        for (size_t t = 0; t < in->n; t++) {
+            const uint8_t * from = (const uint8_t *)w->data + stripe / GGML_STRIPE * stripe_size;
+            const uint8_t * act = in->act + t * act_size;
+            float acc[LANES] = {0};
+            for (size_t k = 0; k < w->cols; k += 32) {
+                float sum[2][LANES] = {{0}}; /* of even and of odd columns */
+                for (int p = 0; p < GGML_BF16_WORDS; p++) {
+                    float * to = sum[p / 8];
+                    uint32_t words[LANES], x;
+                    memcpy(words, from, sizeof words);
+                    memcpy(&x, act, sizeof x);
+                    from += sizeof words;
+                    act += sizeof x;
+                    for (int row = 0; row < LANES; row++) {
+                        to[row] = flush((double)bf16_high(words[row]) * bf16_high(x) + to[row]);
+                        to[row] = flush((double)bf16_low(words[row]) * bf16_low(x) + to[row]);
+                    }
+                }
+                for (int row = 0; row < LANES; row++)
+                    acc[row] = flush((double)acc[row] + flush((double)sum[0][row] + sum[1][row]));
+            }
+            memcpy(y + t * ldy + stripe, acc, rows * sizeof *acc);
+        }
+    }
+}
+
 GGML_INLINE void add_columns(bool wide, int n, const uint8_t * const * columns,
                              const uint8_t * const * ahead, const float * x, size_t rows,
                              float * sums) {
@@ -206,6 +247,19 @@ static void quantize_act(enum ggml_activations activations, size_t n, const floa
         block.s_half[0] = block.d * (float)block.sum_half[0];
         block.s_half[1] = block.d * (float)block.sum_half[1];
         memcpy(act, &block, sizeof block);
+    }
+}
+
+static void bf16_act(size_t n, const float * x, uint8_t * act) {
+    for (size_t k = 0; k < n; k += 32, act += GGML_BF16_WORDS * 4) {
+        float block[32] = {0};
+        uint32_t words[GGML_BF16_WORDS];
+        memcpy(block, x + k, (n - k < 32 ? n - k : 32) * sizeof *x);
+        for (int p = 0; p < GGML_BF16_WORDS; p++) {
+            const float * at = block + ggml_bf16_column(p);
+            words[p] = (uint32_t)fp32_to_bf16(at[0]) << 16 | fp32_to_bf16(at[2]);
+        }
+        memcpy(act, words, sizeof words);
     }
 }
 
@@ -342,10 +396,12 @@ const struct ggml_kernels ggml_kernels_scalar = {
     .isa = "scalar",
     .needs = 0,
     .quantize_act = quantize_act,
+    .bf16_act = bf16_act,
     .matmul =
         {
             [GGML_TYPE_FP32] = matmul_FP32,
             [GGML_TYPE_FP16] = matmul_FP16,
+            [GGML_TYPE_BF16] = matmul_BF16,
             GGML_QUANTIZED_ENTRIES,
         },
     .sparse = {[GGML_TYPE_FP32] = sparse_FP32, [GGML_TYPE_FP16] = sparse_FP16},

@@ -2,9 +2,13 @@
  * from. */
 #include <string.h>
 
+#include "bf16.h"
+#include "fp16.h"
 #include "kernels.h"
 
 size_t ggml_stripe_size(enum ggml_type type, size_t cols) {
+    if (type == GGML_TYPE_FP32 || type == GGML_TYPE_FP16) return 0;
+    if (type == GGML_TYPE_BF16) return (cols + 31) / 32 * GGML_BF16_BLOCK;
     return (cols / 32 * ggml_stripe_block(type).size + 63) / 64 * 64;
 }
 
@@ -13,11 +17,7 @@ size_t ggml_stripes_size(enum ggml_type type, size_t rows, size_t cols) {
 }
 
 size_t ggml_act_size(size_t cols) {
-    return (ggml_act_offset(cols) + 63) / 64 * 64;
-}
-
-size_t ggml_act_offset(size_t k) {
-    return k / 32 * sizeof(struct ggml_act);
+    return ((cols + 31) / 32 * sizeof(struct ggml_act) + 63) / 64 * 64;
 }
 
 /* Copies a field of 2 or 4 bytes from the blocks of `rows` rows, `stride` bytes apart, to lanes of
@@ -122,4 +122,40 @@ bool ggml_pack_stripes(enum ggml_type type, size_t rows, size_t cols, const void
         memset(block, 0, (size_t)(end - block));
     }
     return true;
+}
+
+/* Up to 32 weights of a row to bf16; zeros after them. */
+static void round_weights(enum ggml_type type, const uint8_t * from, size_t n, uint16_t to[32]) {
+    float x[32] = {0};
+    if (type == GGML_TYPE_FP32) {
+        memcpy(x, from, n * sizeof *x);
+    } else {
+        uint16_t h[32] = {0};
+        memcpy(h, from, n * sizeof *h);
+        for (int k = 0; k < 32; k++) x[k] = fp16_to_fp32(h[k]);
+    }
+    for (int k = 0; k < 32; k++) to[k] = fp32_to_bf16(x[k]);
+}
+
+void ggml_pack_bf16(enum ggml_type type, size_t rows, size_t cols, const void * src, void * dst,
+                    size_t first, size_t last) {
+    const size_t row_size = ggml_row_size(type, cols);
+    const size_t stripe_size = ggml_stripe_size(GGML_TYPE_BF16, cols);
+    for (; first < last; first += GGML_STRIPE) {
+        const uint8_t * from = (const uint8_t *)src + first * row_size;
+        uint32_t (*words)[GGML_STRIPE] =
+            (uint32_t (*)[GGML_STRIPE])(void *)((uint8_t *)dst + first / GGML_STRIPE * stripe_size);
+        const size_t present = rows - first < GGML_STRIPE ? rows - first : GGML_STRIPE;
+        for (size_t k = 0; k < cols; k += 32, words += GGML_BF16_WORDS) {
+            const size_t n = cols - k < 32 ? cols - k : 32;
+            uint16_t block[GGML_STRIPE][32] = {{0}};
+            for (size_t row = 0; row < present; row++)
+                round_weights(type, from + row * row_size + ggml_row_size(type, k), n, block[row]);
+            for (int p = 0; p < GGML_BF16_WORDS; p++) {
+                const int column = ggml_bf16_column(p);
+                for (int row = 0; row < GGML_STRIPE; row++)
+                    words[p][row] = (uint32_t)block[row][column] << 16 | block[row][column + 2];
+            }
+        }
+    }
 }

@@ -51,4 +51,9 @@ static inline void tile_release(void) {
 #define tile_dot(c, a, b)                                                                          \
     __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b))
 
+/* The same of pairs of bf16: c[i][j] += e + o, e the sum of products of first members in ascending
+ * order, o that of the second ones; floats, all as README.md defines it. */
+#define tile_dot_bf16(c, a, b)                                                                     \
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b))
+
 #endif

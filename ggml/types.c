@@ -5,7 +5,7 @@
 
 struct type {
     struct ggml_type_info traits;
-    ggml_encode * encode; /* NULL: FP32 and FP16, which have no blocks */
+    ggml_encode * encode; /* NULL: FP32, FP16 and BF16, which have no blocks */
 };
 
 static const struct type types[GGML_TYPE_COUNT] = {
@@ -24,6 +24,7 @@ static const struct type types[GGML_TYPE_COUNT] = {
     [GGML_TYPE_Q5_0] = {{"Q5_0", 7, 101, 101, 32, 22, true}, ggml_encode_q5_0},
     [GGML_TYPE_Q5_1] = {{"Q5_1", 8, 101, 101, 32, 24, true}, ggml_encode_q5_1},
     [GGML_TYPE_Q8_0] = {{"Q8_0", 9, 101, 101, 32, 34, true}, ggml_encode_q8_0},
+    [GGML_TYPE_BF16] = {{"BF16", 0, 0, 0, 1, 2, false}, NULL},
 };
 
 const struct ggml_type_info * ggml_type_traits(enum ggml_type type) {
@@ -31,7 +32,7 @@ const struct ggml_type_info * ggml_type_traits(enum ggml_type type) {
 }
 
 enum ggml_type ggml_type_of_file(uint32_t version, uint32_t file_id) {
-    for (int type = 0; type < GGML_TYPE_COUNT; type++) {
+    for (int type = 0; type < GGML_FILE_TYPES; type++) {
         const struct ggml_type_info * t = &types[type].traits;
         if (t->file_id == file_id && t->first_version <= version && version <= t->last_version)
             return (enum ggml_type)type;

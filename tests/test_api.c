@@ -290,8 +290,29 @@ static void test_options(void) {
     of_context.activations = "int4";
     rwkv_set_print_errors(ctx, false);
     ctx_refused(ctx, rwkv_clone_context_with(ctx, &of_context), RWKV_ERROR_ARGS,
-                "choose A16 or int8", "int4 in a clone");
+                "choose A16, int8 or bf16", "int4 in a clone");
+    of_context.activations = "bf16";
+    ctx_refused(ctx, rwkv_clone_context_with(ctx, &of_context), RWKV_ERROR_ARGS,
+                "loaded without bf16", "bf16 in a clone");
     rwkv_free(ctx);
+
+    options.activations = "bf16";
+    ctx = rwkv_load(model_path, &options);
+    check(ctx != NULL, "bf16");
+    clone = rwkv_clone_context_with(ctx, &of_context);
+    check(clone != NULL, "bf16 in a clone of bf16");
+    rwkv_free(clone);
+    clone = rwkv_clone_context(ctx, 1);
+    check(clone != NULL, "a clone of bf16");
+    rwkv_free(clone);
+    rwkv_set_print_errors(ctx, false);
+    of_context.activations = "int8";
+    ctx_refused(ctx, rwkv_clone_context_with(ctx, &of_context), RWKV_ERROR_ARGS, "loaded with bf16",
+                "int8 in a clone of bf16");
+    rwkv_free(ctx);
+    options.sparse_ffn = true;
+    refused(rwkv_load(model_path, &options), RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED,
+            "not for activations bf16", "sparse_ffn and bf16");
 }
 
 static void test_thread_counts(void) { /* */
@@ -800,12 +821,13 @@ static void test_progress_of_loading(void) {
 }
 
 static void test_estimate(void) {
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 10; i++) {
         struct rwkv_load_options options = rwkv_default_load_options();
         options.mmap = i % 2;
         options.head = i / 2 == 2 ? "Q8_0" : NULL;
         if (i == 2) check(rwkv_quantize_model_file(model_path, output_path, "Q4_1_O"), "quantize");
-        const char * path = i / 2 % 3 == 0 ? model_path : output_path;
+        if (i / 2 == 4) options.activations = "bf16";
+        const char * path = i / 2 % 3 == 0 || options.activations ? model_path : output_path;
         struct rwkv_memory memory = {.size = sizeof memory}, dense = memory;
         check(rwkv_estimate(path, &options, &dense), "estimate");
         options.sparse_ffn = i / 2 == 3;

@@ -21,7 +21,7 @@ FORMATS = [(version, name) for version in (100, 101) for name in quants.PLAIN] +
 ]
 QUANTIZED = [layout for layout in FORMATS if layout[1] not in quants.PLAIN]
 ACTIVATIONS = tuple(canonical.STEPS)
-LEVELS = ("scalar", "sse2", "avx2", "avx512", "amx", "neon")
+LEVELS = ("scalar", "sse2", "avx2", "avx512", "avx512bf16", "amx", "neon")
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, N_VOCAB, 300)]
 
 
@@ -68,6 +68,33 @@ def test_8_bit_activations_equal_the_reference(tmp_path, tensors, version, name)
     file = write_model(path, tensors, name, version, types={"head.weight": name})
     logits, state = canonical.forward(file, tokens, activations="int8")
     with RWKVModel(None, path, 2, activations="int8") as model:
+        core_logits, core_state = evaluate(model, tokens)
+    assert_same_bits(core_logits, logits)
+    assert_same_bits(core_state, state.ravel())
+
+
+@pytest.mark.parametrize("name", [*quants.PLAIN, "Q5_1"])
+def test_bf16_equals_the_reference(tmp_path, tensors, name):
+    path, tokens = tmp_path / "model.bin", TOKENS[:20]
+    file = write_model(path, tensors, name, table_type="FP16")  # Q5_1: the head alone is bf16
+    logits, state = canonical.forward(file, tokens, activations="bf16")
+    assert (logits != canonical.forward(file, tokens)[0]).mean() > 0.9
+    for mmap in (True, False):
+        with RWKVModel(None, path, 2, mmap=mmap, activations="bf16") as model:
+            core_logits, core_state = evaluate(model, tokens)
+        assert_same_bits(core_logits, logits)
+        assert_same_bits(core_state, state.ravel())
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (17, 33, 2, 70), (50, 100, 1, 31)])
+@pytest.mark.parametrize("name", quants.PLAIN)
+def test_bf16_in_odd_sizes(tmp_path, sizes, name):
+    path = tmp_path / "model.bin"
+    n_vocab, n_embed, n_layer, n_ffn = sizes
+    file = write_model(path, random_model(6, n_vocab, n_embed, n_layer, n_ffn), name)
+    tokens = [token % n_vocab for token in TOKENS[:40]]
+    logits, state = canonical.forward(file, tokens, activations="bf16")
+    with RWKVModel(None, path, 3, activations="bf16") as model:
         core_logits, core_state = evaluate(model, tokens)
     assert_same_bits(core_logits, logits)
     assert_same_bits(core_state, state.ravel())
@@ -133,7 +160,8 @@ def test_any_type_per_tensor_and_any_order(tmp_path, tensors, version):
 @pytest.mark.parametrize(
     ("version", "name", "activations"),
     [(version, name, "A16") for version, name in FORMATS[2:]]  # FP32 and FP16 in one version only
-    + [(version, name, "int8") for version, name in QUANTIZED],
+    + [(version, name, "int8") for version, name in QUANTIZED]
+    + [(101, name, "bf16") for name in (*quants.PLAIN, "Q5_1")],
 )
 def test_every_way_gives_the_same_bits(tmp_path, tensors, monkeypatch, version, name, activations):
     """eval, eval_sequence, in chunks, in a batch; 1 to 3 threads; mapped or copied; every level."""

@@ -147,14 +147,26 @@ static void print_hash(struct rwkv_context * model, const char * name, const cha
     fflush(stdout);
 }
 
-static void print_hashes(const char * path, const char * name) {
-    struct rwkv_context * model = rwkv_load(path, NULL);
+static struct rwkv_context * load(const char * path, const char * name, const char * activations) {
+    struct rwkv_load_options options = rwkv_default_load_options();
+    options.activations = activations;
+    struct rwkv_context * model = rwkv_load(path, &options);
     if (!model) stop(name);
+    return model;
+}
+
+static void print_hashes(const char * path, const char * name) {
+    const bool quantized = name[0] == 'Q';
+    struct rwkv_context * model = load(path, name, "A16");
     logits = malloc(rwkv_get_logits_len(model) * sizeof *logits);
     state = malloc(rwkv_get_state_len(model) * sizeof *state);
     other = malloc(rwkv_get_state_len(model) * sizeof *other);
     print_hash(model, name, "A16");
-    if (name[0] == 'Q') print_hash(model, name, "int8");
+    if (!quantized) {
+        rwkv_free(model);
+        model = load(path, name, "bf16");
+    }
+    print_hash(model, name, quantized ? "int8" : "bf16");
     free(logits);
     free(state);
     free(other);

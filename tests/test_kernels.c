@@ -5,10 +5,12 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "bf16.h"
 #include "check.h"
 #include "kernels.h"
 
-static const char * const isas[] = {"scalar", "sse2", "avx2", "avx512", "amx", "neon"};
+static const char * const isas[] = {"scalar",     "sse2", "avx2", "avx512",
+                                    "avx512bf16", "amx",  "neon"};
 enum { ISAS = sizeof isas / sizeof *isas };
 
 static const struct ggml_kernels * scalar;
@@ -29,13 +31,20 @@ static uint8_t * allocate_aligned(size_t size) {
 
 /* ---- Matrices ------------------------------------------------------------------------------- */
 
-enum weights { NORMAL_WEIGHTS, RANDOM_BYTES };
-enum input { NORMAL_INPUT, OUTLIERS, SPECIALS };
+enum weights { NORMAL_WEIGHTS, RANDOM_BYTES, SMALL_WEIGHTS };
+enum input { NORMAL_INPUT, OUTLIERS, SPECIALS, SMALL_INPUT };
+
+/* Products of two of them are about the smallest normal number, or far below. */
+static float random_small(void) {
+    const float x = random_below(2) ? 1 : 1 + (float)random_below(128) / 128;
+    return ldexpf(random_below(2) ? x : -x, -60 - (int)random_below(16));
+}
 
 static float random_input(enum input kind) {
     static const float specials[] = {NAN,     INFINITY, -INFINITY, 1e-45f,
                                      -1e-40f, 0.0f,     -0.0f,     FLT_MAX};
     float x = random_normal();
+    if (kind == SMALL_INPUT) return random_small();
     if (kind == OUTLIERS && random_below(20) == 0) x *= 40;
     if (kind == SPECIALS && random_below(100) == 0) x = specials[random_below(8)];
     if (kind == SPECIALS && random_below(3) == 0) x *= 1e-38f;
@@ -45,6 +54,7 @@ static float random_input(enum input kind) {
 struct problem {
     struct ggml_matrix w;
     struct ggml_input in;
+    enum ggml_type file_type;
     uint8_t * file; /* rows as in a file */
     float * x;
     uint8_t * act;
@@ -54,15 +64,19 @@ struct problem {
 static struct problem make_problem(enum ggml_type type, size_t rows, size_t cols, size_t n,
                                    enum weights weights, enum input input) {
     struct problem p;
-    const struct ggml_type_info * info = ggml_type_traits(type);
-    size_t row_size = ggml_row_size(type, cols);
+    p.file_type = type;
+    if (type == GGML_TYPE_BF16)
+        p.file_type = weights != SMALL_WEIGHTS && random_below(2) ? GGML_TYPE_FP16 : GGML_TYPE_FP32;
+    const struct ggml_type_info * info = ggml_type_traits(p.file_type);
+    size_t row_size = ggml_row_size(p.file_type, cols);
     /* FP32 and FP16 rows are used as they lie: at an odd address, with nothing after them */
     p.file = (uint8_t *)allocate(rows * row_size + 1) + 1;
     p.stripes = NULL;
     float * row = (float *)allocate(cols * sizeof *row);
     for (size_t r = 0; r < rows; r++) {
-        for (size_t k = 0; k < cols; k++) row[k] = random_normal() * 0.1f;
-        ggml_quantize_row(type, row, p.file + r * row_size, cols);
+        for (size_t k = 0; k < cols; k++)
+            row[k] = weights == SMALL_WEIGHTS ? random_small() : random_normal() * 0.1f;
+        ggml_quantize_row(p.file_type, row, p.file + r * row_size, cols);
     }
     free(row);
     if (weights == RANDOM_BYTES) {
@@ -79,10 +93,13 @@ static struct problem make_problem(enum ggml_type type, size_t rows, size_t cols
     p.w.cols = cols;
     p.w.data = p.file;
     p.w.columns = NULL;
-    if (info->quantized) {
-        size_t bad = 0, middle = rows / 2 / 16 * 16;
-        p.stripes = allocate_aligned(ggml_stripes_size(type, rows, cols));
-        p.w.data = p.stripes;
+    const size_t size = ggml_stripes_size(type, rows, cols), middle = rows / 2 / 16 * 16;
+    if (size > 0) p.w.data = p.stripes = allocate_aligned(size);
+    if (type == GGML_TYPE_BF16) {
+        ggml_pack_bf16(p.file_type, rows, cols, p.file, p.stripes, 0, middle);
+        ggml_pack_bf16(p.file_type, rows, cols, p.file, p.stripes, middle, rows);
+    } else if (size > 0) {
+        size_t bad = 0;
         check(ggml_pack_stripes(type, rows, cols, p.file, p.stripes, 0, middle, &bad) &&
                   ggml_pack_stripes(type, rows, cols, p.file, p.stripes, middle, rows, &bad),
               "%s: packing", info->name);
@@ -94,11 +111,11 @@ static struct problem make_problem(enum ggml_type type, size_t rows, size_t cols
     p.in.x = p.x;
     p.in.activations = random_below(3) == 0 ? GGML_A8 : GGML_A16;
     p.act = NULL;
-    if (info->quantized) {
+    if (size > 0) {
         p.act = allocate_aligned(n * ggml_act_size(cols));
         for (size_t t = 0; t < n; t++)
-            scalar->quantize_act(p.in.activations, cols, p.x + t * p.in.ldx,
-                                 p.act + t * ggml_act_size(cols));
+            ggml_make_act(scalar, type, p.in.activations, p.x + t * p.in.ldx, 0, cols,
+                          p.act + t * ggml_act_size(cols));
     }
     p.in.act = p.act;
     return p;
@@ -180,12 +197,20 @@ static void test_many_vectors(const struct ggml_kernels * k) {
 /* Columns of several panels, rows of several blocks, groups of vectors. */
 static void test_large_float_matrices(const struct ggml_kernels * k) {
     static const size_t counts[] = {1, 2, 5, 9, 19};
+    static const enum ggml_type types[] = {GGML_TYPE_FP32, GGML_TYPE_FP16, GGML_TYPE_BF16};
     for (size_t i = 0; i < 5; i++) {
-        for (int t = GGML_TYPE_FP32; t <= GGML_TYPE_FP16; t++) {
-            test_matmul(k, (enum ggml_type)t, 250, 4117, counts[i],
-                        i == 2 ? RANDOM_BYTES : NORMAL_WEIGHTS, (enum input)(i % 3));
+        for (int t = 0; t < 3; t++) {
+            test_matmul(k, types[t], 250, 4117, counts[i], i == 2 ? RANDOM_BYTES : NORMAL_WEIGHTS,
+                        (enum input)(i % 3));
         }
     }
+}
+
+/* Products and sums that are flushed to zero, or only just not. */
+static void test_underflow(const struct ggml_kernels * k) {
+    for (size_t cols = 1; cols <= 100; cols++)
+        for (size_t n = 1; n <= 7; n++)
+            test_matmul(k, GGML_TYPE_BF16, 50, cols, n, SMALL_WEIGHTS, SMALL_INPUT);
 }
 
 #ifdef GGML_ISA_amx
@@ -233,9 +258,9 @@ static void test_exactness(enum ggml_type type) {
     const struct ggml_act * act = (const struct ggml_act *)(const void *)p.act;
     double worst = 0;
     for (int r = 0; r < ROWS; r++) {
-        const uint8_t * row = p.file + (size_t)r * ggml_row_size(type, COLS);
+        const uint8_t * row = p.file + (size_t)r * ggml_row_size(p.file_type, COLS);
         double exact = 0, from_act = 0, magnitude = 0, steps = COLS / 16 + 4;
-        ggml_dequantize_row(type, row, w, COLS);
+        ggml_dequantize_row(p.file_type, row, w, COLS);
         if (info->quantized) {
             /* per 32 weights: convert, times d and fma; the minimum and s; the outlier's two */
             steps = COLS / layout->size * (3 + 2 * layout->min) + COLS / 32 * 3 * layout->outlier;
@@ -243,6 +268,7 @@ static void test_exactness(enum ggml_type type) {
         for (int k = 0; k < COLS; k++) {
             exact += (double)w[k] * p.x[k];
             double parts = fabs(w[k]);
+            if (type == GGML_TYPE_BF16) from_act += 0x1.01p-8 * fabs((double)w[k] * p.x[k]);
             if (info->quantized) {
                 struct ggml_block block;
                 ggml_block_unpack(type, row + k / layout->size * info->block_bytes, &block);
@@ -476,6 +502,35 @@ static void test_quantize_act(const struct ggml_kernels * k, enum ggml_activatio
     }
 }
 
+static void test_bf16_act(const struct ggml_kernels * k) {
+    for (int i = 0; i < 3000; i++) {
+        enum { N = 96 };
+        const size_t n = 1 + random_below(N);
+        float * x = (float *)allocate(n * sizeof *x);
+        for (size_t j = 0; j < n; j++)
+            x[j] = i % 4 == 3 ? float_of(random_bits()) : random_input((enum input)(i % 4));
+        uint32_t act[2][N / 32][GGML_BF16_WORDS];
+        memset(act, 0xAA, sizeof act);
+        k->bf16_act(n, x, (uint8_t *)act[0]);
+        scalar->bf16_act(n, x, (uint8_t *)act[1]);
+        check(memcmp(act[0], act[1], sizeof act[0]) == 0, "%s: bf16_act of %zu", k->isa, n);
+        bool defined = true; /* as README.md says */
+        for (size_t j = 0; j < (n + 31) / 32 * 32; j++) {
+            const size_t in_four = j % 4;
+            const uint32_t word = act[1][j / 32][j % 32 / 4 + 8 * (in_four % 2)];
+            const float got = in_four < 2 ? bf16_high(word) : bf16_low(word);
+            const float from = j < n ? x[j] : 0;
+            int exponent;
+            const double mantissa = frexp(from, &exponent);
+            double expected = ldexp(rint(mantissa * 256), exponent - 8);
+            if (fabsf(from) < FLT_MIN) expected = copysign(0, from);
+            defined &= same(got, from != from || isinf(from) ? from : (float)expected);
+        }
+        check(defined, "bf16_act as defined");
+        free(x);
+    }
+}
+
 /* The scalar vector operations against float64. */
 static void test_accuracy(void) {
     double worst = 0;
@@ -539,9 +594,8 @@ static double now(void) {
 static void bench(const struct ggml_kernels * k, enum ggml_type type, size_t n) {
     enum { ROWS = 2048, COLS = 2048 };
     struct problem p = make_problem(type, ROWS, COLS, n, NORMAL_WEIGHTS, NORMAL_INPUT);
-    bool quantized = ggml_type_traits(type)->quantized;
-    size_t size =
-        quantized ? ggml_stripes_size(type, ROWS, COLS) : ROWS * ggml_row_size(type, COLS);
+    size_t size = ggml_stripes_size(type, ROWS, COLS);
+    if (size == 0) size = ROWS * ggml_row_size(type, COLS);
     size_t copies = ((size_t)256 << 20) / size + 1;
     uint8_t * data = allocate_aligned(copies * size);
     float * y = (float *)allocate(n * ROWS * sizeof *y);
@@ -662,10 +716,12 @@ int main(int argc, char ** argv) {
         test_vectors(k);
         test_quantize_act(k, GGML_A16);
         test_quantize_act(k, GGML_A8);
+        test_bf16_act(k);
+        test_underflow(k);
         test_read(k);
         printf("%s: %d checks\n", isas[i], passed + failed - before);
     }
-    if (!benchmark && ggml_kernels_select("avx512", &reason) &&
+    if (!benchmark && ggml_kernels_select("avx512bf16", &reason) &&
         !ggml_kernels_select("amx", &reason))
         test_emulated_amx();
     return benchmark ? 0 : finish();

@@ -84,7 +84,7 @@ def test_ggml_knows_no_model(path):
 
 @pytest.mark.parametrize("path", GGML, ids=lambda path: path.name)
 def test_instructions_of_one_kind_of_cpu_stay_in_its_kernels(path):
-    if not re.search(r"_(sse2|avx2|avx512|amx|neon)$", path.stem):
+    if not re.search(r"_(sse2|avx2|avx512(bf16)?|amx|neon)$", path.stem):
         assert not re.search(r"\b__m(128|256|512)|\bv(ld1|fma|dot)q", code(path))
 
 

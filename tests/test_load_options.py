@@ -28,6 +28,7 @@ def path(tmp_path_factory):
         ([], {}),
         (["--head", "q8_0"], {"head": "Q8_0"}),
         (["--activations", "int8"], {"activations": "int8"}),
+        (["--activations", "bf16"], {"activations": "bf16"}),
         (["--head", "Q4_0", "--activations", "int8"], {"head": "Q4_0", "activations": "int8"}),
     ],
 )
@@ -62,7 +63,7 @@ def test_every_command_has_them(path, command):
         subcommand(name), [*arguments, "-m", str(path), "--head", "Q8_0", "--activations", "A8"]
     )
     assert wrong.exit_code == 2
-    assert "'A8' is not one of 'A16', 'int8'" in wrong.stderr
+    assert "'A8' is not one of 'A16', 'int8', 'bf16'" in wrong.stderr
 
 
 @pytest.mark.parametrize("name", ["generate", "info"])

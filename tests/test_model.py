@@ -672,6 +672,20 @@ def test_activations(tmp_path):
         assert np.array_equal(fast.clone(2).eval(1, None)[0], in_8_bits)
 
 
+@pytest.mark.parametrize("name", ["FP32", "FP16"])
+def test_bf16(tmp_path, name):
+    path = tmp_path / "model.bin"
+    write_model(path, random_model(1, n_vocab=50, n_embed=32, n_layer=1), name)
+    with RWKVModel(None, path, 1) as exact, RWKVModel(None, path, activations="bf16") as fast:
+        logits, _ = exact.eval(1, None)
+        rounded, _ = fast.eval(1, None)
+        assert not np.array_equal(rounded, logits)
+        np.testing.assert_allclose(rounded, logits, atol=0.03 * np.abs(logits).max())
+        assert np.array_equal(fast.clone(2).eval(1, None)[0], rounded)
+    with pytest.raises(ValueError, match=r"not for activations bf16 \(leave one of them out\)"):
+        RWKVModel(None, path, 1, activations="bf16", sparse_ffn=True)
+
+
 def test_models_that_zeros_cannot_be_left_out_of(tmp_path):
     path, tensors = tmp_path / "model.bin", random_model(1, n_vocab=50, n_embed=64, n_layer=2)
 

@@ -113,7 +113,7 @@ static void test_fma32(void) {
 }
 
 static void test_table(void) {
-    for (int t = 0; t < GGML_TYPE_COUNT; t++) {
+    for (int t = 0; t < GGML_FILE_TYPES; t++) {
         const struct ggml_type_info * info = ggml_type_traits((enum ggml_type)t);
         const struct ggml_layout * layout = &ggml_layouts[t];
         for (uint32_t version = info->first_version; version <= info->last_version; version++)
@@ -271,7 +271,7 @@ static void test_outlier(void) {
  * search only promises to be no worse in squares than the largest of its candidates, which cuts
  * at 8.7. */
 static void test_bounds(void) {
-    for (int t = GGML_TYPE_FP16 + 1; t < GGML_TYPE_COUNT; t++) {
+    for (int t = GGML_TYPE_FP16 + 1; t < GGML_FILE_TYPES; t++) {
         const struct ggml_layout * layout = &ggml_layouts[t];
         float worst = 0;
         for (int i = 0; i < 20000; i++) {
@@ -306,7 +306,7 @@ static void test_adversarial(void) {
                                    -65504,  65520,   0.5f,   -0.5f,   1.5f,     3e38f,     -3e38f,
                                    FLT_MAX, FLT_MIN, 7,      -8,      INFINITY, -INFINITY, NAN};
     enum { N = sizeof values / sizeof *values };
-    for (int t = 0; t < GGML_TYPE_COUNT; t++) {
+    for (int t = 0; t < GGML_FILE_TYPES; t++) {
         bool finite_scale = true;
         for (int i = 0; i < 20000; i++) {
             float x[32], back[32];

@@ -17,7 +17,7 @@ from reference import canonical, quants, rwkv_v4
 F32 = np.float32
 FORMATS = [(version, name) for version in (100, 101) for name in quants.formats(version)]
 
-each_precision = pytest.mark.parametrize("steps", canonical.STEPS.values(), ids=canonical.STEPS)
+each_precision = pytest.mark.parametrize("activations", canonical.STEPS)
 each_format = pytest.mark.parametrize(("version", "name"), FORMATS)
 
 
@@ -516,7 +516,7 @@ def dot_by_the_book(tensor: quants.Tensor, row: int, x: np.ndarray, steps: int) 
 
 @each_precision
 @pytest.mark.parametrize(("version", "name"), [*FORMATS, (101, "FP32"), (101, "FP16")])
-def test_matmul_by_the_book(version: int, name: str, steps: int) -> None:
+def test_matmul_by_the_book(version: int, name: str, activations: str) -> None:
     random = np.random.default_rng(6)
     cols = 128 if (version, name) in FORMATS else 45
     w = random.standard_normal((5, cols)).astype(F32)
@@ -526,14 +526,15 @@ def test_matmul_by_the_book(version: int, name: str, steps: int) -> None:
     x[2, :16] *= 1e-42  # a block whose scale would be denormal, were it not for the other half
     x[2, 16:32] *= 1e-40
     tensor = quants.Tensor.of(version, name, w)
+    steps = canonical.STEPS[activations]
     expected = np.array([[dot_by_the_book(tensor, row, v, steps) for row in range(5)] for v in x])
-    assert same_bits(canonical.matmul(tensor, x, steps), expected)
+    assert same_bits(canonical.matmul(tensor, x, activations), expected)
 
 
 @each_precision
 @each_format
 def test_quantized_dot_is_as_near_as_its_activations_allow(
-    version: int, name: str, steps: int
+    version: int, name: str, activations: str
 ) -> None:
     """Against float64 over the weights that the file stands for. The first term is the rounding of
     activations to integers, half a step of d_a each; the second that of float32."""
@@ -544,25 +545,57 @@ def test_quantized_dot_is_as_near_as_its_activations_allow(
     x = x.astype(F32)
     tensor = quants.Tensor.of(version, name, w.astype(F32))
     weights, exact_x = tensor.values().astype(np.float64), x.astype(np.float64)
-    error = np.abs(canonical.matmul(tensor, x, steps) - exact_x @ weights.T)
+    error = np.abs(canonical.matmul(tensor, x, activations) - exact_x @ weights.T)
 
     blocks = np.abs(exact_x).reshape(tokens, -1, 32)
-    d_a = np.max(blocks, axis=2) / steps
+    d_a = np.max(blocks, axis=2) / canonical.STEPS[activations]
     sums = np.abs(weights).reshape(rows, -1, 32).sum(axis=2)
     bound = d_a / 2 @ sums.T
     bound += (cols / 32 + 8) * 2.0**-24 * (np.abs(exact_x) @ np.abs(weights).T)
     assert np.all(error <= bound)
 
 
+def test_bf16_by_the_book() -> None:
+    """Roundings at ties and at both ends of the range; sums in the order of the page, where another
+    order would show."""
+    max_bf16, tie = 2.0**128 - 2.0**120, 1 + 2.0**-8
+    cases = [(1.0, 1.0), (tie, 1.0), (tie + 2.0**-20, 1 + 2.0**-7), (tie + 2.0**-7, 1 + 2.0**-6)]
+    cases += [(max_bf16, max_bf16), (max_bf16 + 2.0**118, max_bf16), (2.0**128 - 2.0**104, np.inf)]
+    cases += [(np.inf, np.inf), (-0.0, -0.0), (2.0**-126, 2.0**-126), (-(2.0**-127), -0.0)]
+    x, rounded = (np.array(column, F32) for column in zip(*cases, strict=True))
+    assert same_bits(canonical.to_bf16(x), rounded)
+    assert same_bits(canonical.to_bf16(-x), -rounded)
+    assert np.isnan(canonical.to_bf16(np.array([np.nan], F32)))
+
+    smallest = 2.0**-126
+    sums = [smallest - 2.0**-151, smallest - 2.0**-150, -smallest + 2.0**-150, 3 * 2.0**-127]
+    expected = np.array([smallest, 0, -0.0, 3 * 2.0**-127], F32)
+    assert same_bits(canonical.flush(np.array(sums)), expected)
+
+    big = 2.0**24  # a 1 that is added to it is lost
+    x = np.ones(64, F32)
+    for places, result in [
+        ({0: big, 2: 1, 4: -big}, 0),
+        ({0: big, 1: 1, 2: -big}, 1),
+        ({0: 1, 2: big, 3: -big}, 0),
+        ({0: big, 31: 1, 32: -big}, 0),
+        ({0: big, 2: -big, 32: 1, 63: 1}, 2),
+    ]:
+        w = np.zeros((1, 64), F32)
+        w[0, list(places)] = list(places.values())
+        tensor = quants.Tensor.of(101, "FP32", w)
+        assert canonical.matmul(tensor, x[None], "bf16") == result
+
+
 @each_precision
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_bad_activation_spoils_its_token_and_no_other(bad: float, steps: int) -> None:
+def test_a_bad_activation_spoils_its_token_and_no_other(bad: float, activations: str) -> None:
     random = np.random.default_rng(8)
     x = random.standard_normal((3, 64)).astype(F32)
     tensor = quants.Tensor.of(101, "Q5_1", random.standard_normal((4, 64)).astype(F32))
-    good = canonical.matmul(tensor, x, steps)
+    good = canonical.matmul(tensor, x, activations)
     x[1, 40] = bad
-    spoilt = canonical.matmul(tensor, x, steps)
+    spoilt = canonical.matmul(tensor, x, activations)
     assert np.all(np.isnan(spoilt[1]))
     assert same_bits(spoilt[[0, 2]], good[[0, 2]])
 

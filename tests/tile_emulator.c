@@ -1,9 +1,11 @@
 /* See tile_emulator.h. The instructions, their encodings and conditions are those of Intel's SDM,
- * volume 2 (LDTILECFG, TILERELEASE, TILEZERO, TILELOADD, TILESTORED, TDPBSSD), as far as
+ * volume 2 (LDTILECFG, TILERELEASE, TILEZERO, TILELOADD, TILESTORED, TDPBSSD, TDPBF16PS), as far as
  * ggml/tiles.h uses them. */
 #define _GNU_SOURCE
 #include "tile_emulator.h"
 
+#include <float.h>
+#include <math.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -58,11 +60,17 @@ static bool store(int tile, uint8_t * to, int64_t stride) {
     return state.rows[tile] > 0;
 }
 
-static bool dot(int c, int a, int b) {
+/* Whether the shapes go together. */
+static bool can_multiply(int c, int a, int b) {
     const int *rows = state.rows, *colsb = state.colsb;
     if (c == a || c == b || a == b || rows[c] == 0 || rows[a] == 0 || rows[b] == 0) return false;
     if (rows[c] != rows[a] || colsb[c] != colsb[b] || colsb[a] != 4 * rows[b]) return false;
-    if (colsb[c] % 4 != 0) return false;
+    return colsb[c] % 4 == 0;
+}
+
+static bool dot(int c, int a, int b) {
+    const int *rows = state.rows, *colsb = state.colsb;
+    if (!can_multiply(c, a, b)) return false;
     for (int i = 0; i < rows[c]; i++) {
         int32_t sums[ROW_BYTES / 4];
         memcpy(sums, state.data[c][i], sizeof sums);
@@ -70,6 +78,42 @@ static bool dot(int c, int a, int b) {
             for (int j = 0; j < colsb[c] / 4; j++)
                 sums[j] +=
                     (int8_t)state.data[a][i][k] * (int8_t)state.data[b][k / 4][4 * j + k % 4];
+        memcpy(state.data[c][i], sums, sizeof sums);
+    }
+    return true;
+}
+
+/* A sum as a float; what is less than 2^-126 after rounding to 24 bits is flushed. */
+static float flushed(double sum) {
+    int exponent;
+    const double rounded = rint(ldexp(frexp(sum, &exponent), 24));
+    return fabs(ldexp(rounded, exponent - 24)) < FLT_MIN ? copysignf(0, (float)sum) : (float)sum;
+}
+
+static float bf16_at(const uint8_t * row, int number) {
+    uint16_t half;
+    memcpy(&half, row + 2 * number, sizeof half);
+    const uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return flushed(x);
+}
+
+static bool dot_bf16(int c, int a, int b) {
+    if (!can_multiply(c, a, b)) return false;
+    for (int i = 0; i < state.rows[c]; i++) {
+        float sums[ROW_BYTES / 4];
+        memcpy(sums, state.data[c][i], sizeof sums);
+        for (int j = 0; j < state.colsb[c] / 4; j++) {
+            float of_pair[2] = {0, 0};
+            for (int k = 0; k < 2 * state.rows[b]; k++) {
+                const double product = (double)bf16_at(state.data[a][i], k) *
+                                       bf16_at(state.data[b][k / 2], 2 * j + k % 2);
+                of_pair[k % 2] = flushed(product + of_pair[k % 2]);
+            }
+            const float sum = flushed((double)of_pair[0] + of_pair[1]);
+            sums[j] = flushed((double)flushed(sums[j]) + sum);
+        }
         memcpy(state.data[c][i], sums, sizeof sums);
     }
     return true;
@@ -131,6 +175,8 @@ static size_t execute(const uint8_t * code, const greg_t * registers) {
             done = zero(reg);
         } else if (opcode == 0x5E && prefix == PF2 && third < TILES) {
             done = dot(reg, rm, third);
+        } else if (opcode == 0x5C && prefix == PF3 && third < TILES) {
+            done = dot_bf16(reg, rm, third);
         }
         return done ? 5 : 0;
     }

@@ -79,9 +79,10 @@ _OPTIONS = {
     ),
     "activations": click.option(
         "--activations",
-        type=click.Choice(["A16", "int8"]),
+        type=click.Choice(["A16", "int8", "bf16"]),
         help="What quantized matrices are multiplied with: 15 bits, or 8, faster in prompts and "
-        "less exact.  [default: A16]",
+        "less exact. bf16: FP16 and FP32 matrices are multiplied as bfloat16, for the same reason, "
+        "with more memory.  [default: A16]",
     ),
 }
 

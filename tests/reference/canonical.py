@@ -39,7 +39,8 @@ def forward(
     """The logits (tokens, n_vocab) after every token, and the state after the last, in float32.
 
     There is at least one token. `state`, (n_layer, 5, n_embed) or flat, is where to go on from;
-    None is the beginning of a text. It is not changed. `activations` is a key of STEPS.
+    None is the beginning of a text. It is not changed. `activations` is a key of STEPS, or
+    "bf16": A16, and FP32 and FP16 matrices are multiplied as bfloat16.
     """
     n_layer = sum(key.endswith(".ln1.weight") for key in model)
     n_embed = model["emb.weight"].shape[1]
@@ -48,7 +49,7 @@ def forward(
         state[:, PP] = -1e30
     state = np.array(state, F32).reshape(n_layer, 5, n_embed)
 
-    product = partial(matmul, steps=STEPS[activations])
+    product = partial(matmul, activations=activations)
     x = embed(model["emb.weight"], tokens)
     x = layer_norm(x, model, "blocks.0.ln0")
     for i in range(n_layer):
@@ -192,11 +193,13 @@ def exp(x: np.ndarray) -> np.ndarray:
 
 
 @np.errstate(all="ignore")
-def matmul(weight: Tensor, x: np.ndarray, steps: int) -> np.ndarray:
+def matmul(weight: Tensor, x: np.ndarray, activations: str) -> np.ndarray:
     """(tokens, rows): each row of x, (tokens, cols) float32, times the weight (rows, cols)."""
-    if weight.name in quants.PLAIN:
-        return plain_matmul(weight, x)
-    return quantized_matmul(weight, x, steps)
+    if weight.name not in quants.PLAIN:
+        return quantized_matmul(weight, x, STEPS["A16" if activations == "bf16" else activations])
+    if activations == "bf16":
+        return bf16_matmul(weight, x)
+    return plain_matmul(weight, x)
 
 
 def plain_matmul(weight: Tensor, x: np.ndarray) -> np.ndarray:
@@ -213,6 +216,43 @@ def plain_matmul(weight: Tensor, x: np.ndarray) -> np.ndarray:
             here[...] = fma(w[k : k + 16, None, :], part[k : k + 16, :, None], here)
         out[start : start + step] = tree(lanes)
     return out
+
+
+def bf16_matmul(weight: Tensor, x: np.ndarray) -> np.ndarray:
+    """FP32 and FP16 as bfloat16: even and odd columns of a block summed apart, then added up."""
+    rows, cols = weight.shape
+    filled = ((0, 0), (0, -cols % 32))
+    w = np.pad(to_bf16(weight.values()), filled).T.astype(np.float64, order="C")
+    x = np.pad(to_bf16(x), filled).T.astype(np.float64, order="C")
+    acc = np.zeros((x.shape[1], rows), F32)
+    for start in range(0, len(w), 32):
+        sums = np.zeros((2, *acc.shape), F32)
+        for k in range(start, start + 32):
+            # exact, or one term is too small to matter to float32
+            sums[k % 2] = flush(x[k, :, None] * w[k] + sums[k % 2])
+        t = flush(np.add(sums[0], sums[1], dtype=np.float64))
+        acc = flush(np.add(acc, t, dtype=np.float64))
+    return acc
+
+
+@np.errstate(all="ignore")
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    """float32 rounded to 8 bits, ties to even; denormals become zeros."""
+    return flush(round_to_bits(x.astype(np.float64), 8))
+
+
+def flush(x: np.ndarray) -> np.ndarray:
+    """float64 to float32; what would be denormal, even after rounding, becomes a zero."""
+    tiny = np.abs(x) < 2**-125
+    if tiny.any():
+        tiny = np.abs(round_to_bits(x, 24)) < 2**-126
+    return np.where(tiny, np.copysign(0, x), x).astype(F32)
+
+
+def round_to_bits(x: np.ndarray, bits: int) -> np.ndarray:
+    """float64 with this many significant bits, whatever the exponent."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits)
 
 
 def quantized_matmul(weight: Tensor, x: np.ndarray, steps: int) -> np.ndarray:
