@@ -1,9 +1,9 @@
 """RWKV language models on a CPU.
 
-    from rwkv_cpp import RWKVModel
+    from rwkv_cpp import RWKV
 
-    with RWKVModel(None, "model.bin") as model:
-        logits, state = model.eval(token, None)
+    model = RWKV("model.bin")
+    print(model.generate("Once upon a time", max_tokens=100))
 
 Names are imported when they are first used, so that `import rwkv_cpp` is light.
 """
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
         RWKVLibraryNotFound,
         VocabularyNotFound,
     )
+    from .generation import Completion, Stream
     from .library import RWKVSharedLibrary, load_rwkv_shared_library
     from .model import RWKVModel, RWKVResult, RWKVSequence
     from .models import find_model
     from .prefix_cache import PrefixCache
+    from .rwkv import RWKV
     from .sampling import (
         Sampler,
         Sampling,
@@ -43,11 +45,13 @@ __version__ = "0.1.0"
 
 # Where each public name lives.
 _HOMES = {
+    "Completion": "generation",
     "DownloadFailed": "errors",
     "ForeignState": "errors",
     "ModelNotFound": "errors",
     "NonFiniteLogits": "errors",
     "PrefixCache": "prefix_cache",
+    "RWKV": "rwkv",
     "RWKVError": "errors",
     "RWKVFileError": "errors",
     "RWKVLibraryNotFound": "errors",
@@ -59,6 +63,7 @@ _HOMES = {
     "Sampling": "sampling",
     "State": "state",
     "StateNotice": "state",
+    "Stream": "generation",
     "TokenLogprob": "sampling",
     "VocabularyNotFound": "errors",
     "find_model": "models",
@@ -70,6 +75,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "RWKV",
+    "Completion",
     "DownloadFailed",
     "ForeignState",
     "ModelNotFound",
@@ -86,6 +93,7 @@ __all__ = [
     "Sampling",
     "State",
     "StateNotice",
+    "Stream",
     "TokenLogprob",
     "VocabularyNotFound",
     "find_model",

@@ -2,86 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
+from .generation import Completion
 from .library import MAX_THREADS
 from .load_options import load_options, model_option
-from .model import RWKVModel, embedded_model
-from .sampling import sample_logits
-from .tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from .progress import progress_bar
+from .rwkv import RWKV
+from .sampling import Sampling
+from .sampling_options import sampling_options
+from .state import State
+from .terminal import harmless
+from .tokenizer import first_token
 
-# What moves a terminal's cursor or worse, shown as the escape that Python would write.
-_CONTROL_CHARACTERS = {
-    code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"
-}
-
-
-def generate(
-    model: RWKVModel,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_tokens: int = 200,
-    temperature: float = 1.0,
-    top_p: float = 0.8,
-    logit_bias: Mapping[int, float] | None = None,
-    seed: int | None = None,
-) -> Iterator[str]:
-    """Yield the text that the model continues `prompt` with, whole characters as they come.
-
-    Ends after `max_tokens` tokens or with the end-of-text token. An empty prompt stands for what
-    `first_token` says. Sampling options as for `sample_logits`; the same seed gives the same text.
-    """
-    random = np.random.default_rng(seed)
-    decoder = StreamDecoder(tokenizer)
-    logits, state = model.eval_sequence(
-        tokenizer.encode(prompt) or [first_token(tokenizer)], state_in=None
-    )
-    for left in reversed(range(max_tokens)):
-        token = sample_logits(logits, temperature, top_p, logit_bias, random)
-        if ends_text(tokenizer, token):
-            break
-        if text := decoder.feed(token):
-            yield text
-        if left > 0:
-            model.eval(token, state, state, logits)
-    if text := decoder.flush():
-        yield text
+_ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
 
-def ends_text(tokenizer: Tokenizer, token: int) -> bool:
-    """Whether `token` ends a text: token 0 of 20B and World, which has no bytes."""
-    return token == 0 and tokenizer.token_bytes(0) == b""
+class _Escaped(click.ParamType):
+    """Text in which \\n is a line's end, so that a shell needs no tricks."""
 
+    name = "TEXT"
 
-def first_token(tokenizer: Tokenizer) -> int:
-    """What a text begins after: token 0 (end of text) where the vocabulary has it, or a newline."""
-    return 0 if ends_text(tokenizer, 0) else tokenizer.encode("\n")[0]
-
-
-class _Bias(click.ParamType):
-    name = "ID=VALUE"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, float]:
-        if isinstance(value, tuple):
-            return value
-        token, _, bias = str(value).partition("=")
-        try:
-            return int(token), float(bias)
-        except ValueError:
-            self.fail(f"{value!r} is not a token's number, '=' and a number", param, ctx)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return re.sub(r"\\[nrt\\]", lambda match: _ESCAPES[match[0]], str(value))
 
 
 @click.command()
 @click.argument("prompt", default="")
+@click.option("-p", "--prompt", "prompt_option", hidden=True)  # as other programs have it
+@click.option("--file", type=click.Path(path_type=Path), help="Read the prompt from this file.")
 @model_option
 @click.option(
     "-n",
@@ -92,44 +48,81 @@ class _Bias(click.ParamType):
     help="Stop after so many tokens.",
 )
 @click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=1.0,
+    "--count",
+    type=click.IntRange(min=1),
+    default=1,
     show_default=True,
-    help="0 always takes the likeliest token, higher is wilder.",
+    help="Write so many answers; with --num-beams the best ones, at most as many as beams.",
 )
 @click.option(
-    "--top-p",
-    type=click.FloatRange(0, 1),
-    default=0.8,
-    show_default=True,
-    help="Sample from the likeliest tokens of this probability in all.",
+    "--stop",
+    type=_Escaped(),
+    multiple=True,
+    help=r"Stop before this text, in which \n is a new line. May be repeated.",
 )
-@click.option("--seed", type=click.IntRange(min=0), help="The same seed gives the same text.")
-@click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="[default: physical cores]")
 @click.option(
+    "--stop-token",
+    "stop_tokens",
+    type=click.IntRange(min=0),
+    multiple=True,
+    help="Stop before this token. May be repeated.",
+)
+@click.option(
+    "--ignore-eos", "--forever", is_flag=True, help="Never write the token that ends a text."
+)
+@click.option(
+    "--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Stop after this time."
+)
+@click.option(
+    "--load-state",
+    type=click.Path(path_type=Path),
+    help="Go on from a state that was saved; PROMPT, if there is one, comes after it.",
+)
+@click.option(
+    "--save-state", type=click.Path(path_type=Path), help="Save the state at the end to this file."
+)
+@click.option(
+    "--logprobs",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="With --json: each token's log-probability, and those of N alternatives.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each answer.")
+@sampling_options
+@click.option(
+    "--threads",
+    "--max-eval-threads",
+    "threads",
+    type=click.IntRange(1, MAX_THREADS),
+    help="[default: physical cores]",
+)
+@click.option(
+    "-t",
     "--vocab",
+    "--tokenizer",
     "vocabulary",
     type=click.Path(path_type=Path),
     help="Vocabulary file.  [default: looked for]",
 )
-@click.option(
-    "--logit-bias",
-    type=_Bias(),
-    multiple=True,
-    help="Add VALUE to the logit of token ID; -inf bans it. May be repeated.",
-)
 @load_options
 def command(
     prompt: str,
+    prompt_option: str | None,
+    file: Path | None,
     model_path: Path | None,
     max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
+    count: int,
+    stop: tuple[str, ...],
+    stop_tokens: tuple[int, ...],
+    ignore_eos: bool,
+    time_limit: float | None,
+    load_state: Path | None,
+    save_state: Path | None,
+    logprobs: int | None,
+    as_json: bool,
+    sampling: Sampling,
     threads: int | None,
     vocabulary: Path | None,
-    logit_bias: tuple[tuple[int, float], ...],
     options: dict[str, Any],
 ) -> None:
     """Continue a text, token by token.
@@ -143,35 +136,82 @@ def command(
     \b
     rwkv generate "ROMEO:"
     rwkv generate "In a shocking finding," -m model.bin -n 100 --seed 1
+    rwkv generate "ROMEO:" --stop "\\n\\n" --save-state romeo.state
+    rwkv generate "JULIET:" --load-state romeo.state
     """
-    if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode(errors="replace")
-    else:  # arguments that are not UTF-8 arrive as surrogates
-        prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")
-    path = model_path or embedded_model()
-    with RWKVModel(None, path, threads, **options) as model:
-        tokenizer = load_tokenizer(model.n_vocab, vocabulary, path)
-        if not prompt:
-            token = first_token(tokenizer)
+    text = _prompt(prompt, prompt_option, file)
+    if count > 1 and save_state is not None:
+        raise click.UsageError("--save-state goes with one answer, --count 1")
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs goes with --json")
+    state = None if load_state is None else State.load(load_state)
+    with RWKV(model_path, vocabulary=vocabulary, n_threads=threads, **options) as model:
+        if not text and state is None:
+            token = first_token(model.tokenizer)
             what = "token 0 (end of text)" if token == 0 else "a newline"
             click.echo(f"the prompt is empty: starting after {what}", err=True)
-        _write(prompt)
-        for text in generate(
-            model,
-            tokenizer,
-            prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            logit_bias=dict(logit_bias),
-            seed=seed,
-        ):
-            _write(text)
-        click.echo()
+        arguments: dict[str, Any] = {
+            "state": state,
+            "sampling": sampling,
+            "max_tokens": max_tokens,
+            "stop": stop,
+            "stop_tokens": stop_tokens,
+            "ignore_eos": ignore_eos,
+            "logprobs": logprobs,
+            "time_limit": time_limit,
+        }
+        if as_json or count > 1:
+            with progress_bar() as progress:
+                answers = model.generate([text], n=count, progress=progress, **arguments)
+            for number, answer in enumerate(answers, start=1):
+                if as_json:
+                    click.echo(json.dumps(_as_json(answer)))
+                else:
+                    _write(f"--- Generation {number} ---\n{text}[{answer}]\n\n")
+            if not as_json:
+                click.echo(_took(answers))
+        else:
+            with progress_bar() as progress:
+                stream = model.stream(text, progress=progress, **arguments)
+                piece = next(stream, "")  # the prompt is read, its bar is over
+            _write(text + piece)
+            for piece in stream:
+                _write(piece)
+            click.echo()
+            answers = [stream.completion]
+    if save_state is not None:
+        answers[0].state.save(save_state)
+
+
+def _prompt(argument: str, option: str | None, file: Path | None) -> str:
+    given = [text for text in (argument, option) if text]
+    if len(given) + (file is not None) > 1:
+        raise click.UsageError("the prompt is given twice: PROMPT, or --file")
+    if file is not None:
+        data = file.read_bytes()
+    elif given == ["-"]:
+        data = sys.stdin.buffer.read()
+    else:  # arguments that are not UTF-8 arrive as surrogates
+        data = "".join(given).encode(errors="surrogateescape")
+    return data.decode(errors="replace")
+
+
+def _as_json(answer: Completion) -> dict[str, Any]:
+    members = {name: getattr(answer, name) for name in ("text", "tokens", "finish_reason", "stop")}
+    if answer.logprobs is not None:
+        members["logprobs"] = [told._asdict() for told in answer.logprobs]
+    return members | {"timings": dataclasses.asdict(answer.timings)}
+
+
+def _took(answers: list[Completion]) -> str:
+    """How long answers took that were written together."""
+    seconds = answers[0].timings.seconds
+    n_tokens = sum(answer.timings.tokens for answer in answers)
+    return f"Took {seconds:.3f} sec, {1000 * seconds / max(n_tokens, 1):.0f} ms per token"
 
 
 def _write(text: str) -> None:
     if sys.stdout.isatty():
-        text = text.translate(_CONTROL_CHARACTERS)
+        text = harmless(text)
     sys.stdout.write(text)
     sys.stdout.flush()

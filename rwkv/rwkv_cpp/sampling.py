@@ -303,6 +303,15 @@ class Sampler:
         """Whether the grammar has come to its end, so that no token may follow."""
         return self._grammar is not None and self._grammar.finished
 
+    def scores(self, logits: npt.ArrayLike) -> Scores:
+        """(n_vocab) the logits as they stand before the cuts, for a search of one's own. Where a
+        token is forced, all others are banned."""
+        row = _row(logits)
+        if self._count < len(self.sampling.forced_tokens):
+            forced = self.sampling.forced_tokens[self._count]
+            return np.where(np.arange(row.size) == forced, row, -np.inf)
+        return self._scores(row)
+
     def _scores(self, row: Scores) -> Scores:
         """The logits after penalties, biases and bans: a float64 copy, or themselves."""
         if self._written is not None:

@@ -197,11 +197,26 @@ class StreamDecoder:
         piece = self._tokenizer.token_bytes(token)
         return self._decoder.decode("\ufffd".encode() if piece is None else piece)
 
+    @property
+    def pending(self) -> bool:
+        """Whether the tokens so far end inside a character."""
+        return bool(self._decoder.getstate()[0])
+
     def flush(self) -> str:
         """U+FFFD if the tokens ended inside a character. Then a new stream may begin."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
+
+
+def ends_text(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether `token` ends a text: token 0 of 20B and World, which has no bytes."""
+    return token == 0 and tokenizer.token_bytes(0) == b""
+
+
+def first_token(tokenizer: Tokenizer) -> int:
+    """What a text begins after: token 0 (end of text) where the vocabulary has it, or a newline."""
+    return 0 if ends_text(tokenizer, 0) else tokenizer.encode("\n")[0]
 
 
 def load_tokenizer(
