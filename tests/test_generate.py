@@ -1,18 +1,16 @@
-"""generate.py: what is sampled and what is written."""
+"""generate.py: what the command takes and what it writes; the texts are those of test_rwkv.py."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from commands import CONSOLE, environment, rwkv
 from models import random_model, write_model
-from rwkv_cpp import RWKVModel, load_tokenizer, sample_logits
-from rwkv_cpp.generate import ends_text, first_token, generate
-from rwkv_cpp.tokenizer import WorldTokenizer
+from rwkv_cpp import RWKV, Sampling, State
 
 needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="no such signals there")
 
@@ -22,89 +20,6 @@ def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("generate") / "model.bin"
     write_model(path, random_model(2, n_embed=32, n_layer=2), "Q8_0")
     return path
-
-
-@pytest.fixture(scope="module")
-def model(path):
-    with RWKVModel(None, path, 1) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(256)
-
-
-def test_text_is_the_sampled_tokens(model, tokenizer):
-    random = np.random.default_rng(7)
-    logits, state = model.eval_sequence(b"Hello", None)
-    tokens = []
-    for _ in range(40):
-        tokens.append(sample_logits(logits, 0.9, 0.7, {65: 2.0}, random))
-        logits, state = model.eval(tokens[-1], state)
-    text = "".join(
-        generate(
-            model,
-            tokenizer,
-            "Hello",
-            max_tokens=40,
-            temperature=0.9,
-            top_p=0.7,
-            logit_bias={65: 2.0},
-            seed=7,
-        )
-    )
-    assert text == bytes(tokens).decode("utf-8", errors="replace")
-
-
-def test_max_tokens(model, tokenizer):
-    assert list(generate(model, tokenizer, "a", max_tokens=0)) == []
-    ascii_only = dict.fromkeys(range(128, 256), -np.inf)
-    pieces = list(generate(model, tokenizer, "a", max_tokens=3, logit_bias=ascii_only, seed=1))
-    assert [len(piece) for piece in pieces] == [1, 1, 1]
-
-
-def test_whole_characters_only(model, tokenizer):
-    only = dict.fromkeys(range(256), -np.inf)
-    cycle = {0xE2: 0.0, 0x82: 0.0, 0xAC: 0.0}  # the bytes of a euro sign, in any order
-    pieces = list(generate(model, tokenizer, "a", max_tokens=60, logit_bias=only | cycle, seed=1))
-    assert set("".join(pieces)) <= {"€", "\ufffd"}
-    assert all(pieces)
-    first = only | {0xE2: 0.0}
-    assert list(generate(model, tokenizer, "a", max_tokens=1, logit_bias=first)) == ["\ufffd"]
-
-
-@pytest.fixture(scope="module")
-def world():
-    return WorldTokenizer(300, [bytes([value]) for value in range(256)] + [b"\n\n"])
-
-
-@pytest.fixture(scope="module")
-def world_model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("world") / "model.bin"
-    write_model(path, random_model(3, n_vocab=300, n_embed=32, n_layer=1))
-    with RWKVModel(None, path, 1) as model:
-        yield model
-
-
-def test_end_of_text_ends_the_text(world_model, world, tokenizer):
-    assert ends_text(world, 0)
-    assert not ends_text(world, 1)
-    assert not ends_text(tokenizer, 0)
-    assert list(generate(world_model, world, "a", logit_bias={0: 1000})) == []
-
-
-def test_empty_prompt(world_model, world, model, tokenizer):
-    assert first_token(world) == 0
-    assert first_token(tokenizer) == 10
-    logits, _ = world_model.eval(0, None)
-    expected = world.decode([sample_logits(logits, 0)])
-    assert "".join(generate(world_model, world, "", max_tokens=1, temperature=0)) == expected
-    newline = "".join(generate(model, tokenizer, "\n", seed=3))
-    assert "".join(generate(model, tokenizer, "", seed=3)) == newline
-
-
-# ---- the command ----
 
 
 def test_command(path):
@@ -127,6 +42,95 @@ def test_command_takes_biases(path):
     done = rwkv("generate", "Hello", "-m", path, "--logit-bias", "256=1")
     assert done.returncode == 1
     assert "error: logit_bias: token 256" in done.stderr
+
+
+def test_options_reach_the_model(path):
+    with RWKV(path) as model:
+        sampling = Sampling(temperature=0.9, top_k=30, typical_p=0.9, seed=4)
+        expected = model.generate(
+            "Hello", sampling=sampling, max_tokens=40, stop=["e\n", "\\"], stop_tokens=[7]
+        )
+    done = rwkv(
+        *("generate", "Hello", "-m", path, "--max-tokens", 40, "--temperature", 0.9, "--top-k", 30),
+        *("--typical-p", 0.9, "--seed", 4, "--stop", r"e\n", "--stop", r"\\", "--stop-token", 7),
+        encoding=None,
+    )
+    assert done.stderr == b""
+    assert done.stdout.decode() == f"Hello{expected}\n"
+
+
+def test_stop_strings_with_escapes(path):
+    force = ["--force", 97, "--force", 10, "--force", 98]
+    done = rwkv("generate", "Hello", "-m", path, "-n", 3, *force, "--stop", r"\nb")
+    assert done.stdout == "Helloa\n"
+    done = rwkv("generate", "Hello", "-m", path, "-n", 3, *force, "--stop", r"\\nb")
+    assert done.stdout == "Helloa\nb\n"
+    done = rwkv("generate", "Hello", "-m", path, "--stop", "")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: stop: a stop string is empty")
+
+
+def test_json(path):
+    arguments = ["generate", "Hello", "-m", path, "-n", 5, "--seed", 1, "--json"]
+    done = rwkv(*arguments, "--logprobs", 2, "--count", 2)
+    with RWKV(path) as model:
+        answers = model.generate("Hello", max_tokens=5, seed=1, n=2, logprobs=2)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["text"] for line in lines] == [answer.text for answer in answers]
+    assert [line["tokens"] for line in lines] == [answer.tokens for answer in answers]
+    assert lines[0]["finish_reason"] == "length"
+    assert lines[0]["timings"]["prompt_tokens"] == 5
+    told = lines[1]["logprobs"][0]
+    assert (told["token"], told["logprob"]) == answers[1].logprobs[0][:2]
+    assert len(told["top"]) == 2
+    assert "logprobs" not in json.loads(rwkv(*arguments).stdout)
+    assert "goes with --json" in rwkv("generate", "-m", path, "--logprobs", 2).stderr
+
+
+def test_several_answers(path):
+    done = rwkv("generate", "Hello", "-m", path, "-n", 5, "--num-beams", 3, "--count", 2)
+    assert done.stdout.count("--- Generation") == 2
+    done = rwkv("generate", "Hello", "-m", path, "--num-beams", 3, "--count", 4)
+    assert done.returncode == 1
+    assert done.stderr == "error: n: expected at most num_beams 3, found 4\n"
+
+
+def test_states(path, tmp_path):
+    """Two processes write what one writes."""
+    saved = tmp_path / "half.state"
+    ascii_only = [f"--ban={token}" for token in range(128, 256)]
+    base = ["generate", "-m", path, "-n", 20, "--seed", 5, *ascii_only]
+    whole = rwkv(*base, "Hello", "-n", 40, encoding=None).stdout
+    first = rwkv(*base, "Hello", "--save-state", saved, encoding=None).stdout
+    second = rwkv(*base, "--load-state", saved, encoding=None)
+    assert second.stderr == b""
+    assert first[:-1] + second.stdout == whole
+    assert len(State.load(saved).tokens) == 25
+    assert rwkv(*base, "--load-state", path).stderr.startswith(f"error: {path}: expected a state")
+    done = rwkv(*base, "--count", 2, "--save-state", saved)
+    assert (done.returncode, "--save-state goes with one answer" in done.stderr) == (2, True)
+
+
+def test_prompt_from_a_file(path, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("Hello", "utf-8")
+    expected = rwkv("generate", "Hello", "-m", path, "-n", 5, "--seed", 1, encoding=None).stdout
+    for given in (["--file", file], ["-p", "Hello"], ["--prompt", "Hello"]):
+        done = rwkv("generate", *given, "-m", path, "-n", 5, "--seed", 1, encoding=None)
+        assert done.stdout == expected
+    done = rwkv("generate", "Hello", "--file", file, "-m", path)
+    assert (done.returncode, "the prompt is given twice" in done.stderr) == (2, True)
+    done = rwkv("generate", "--file", tmp_path, "-m", path)
+    assert (done.returncode, done.stderr) == (1, f"error: {tmp_path}: Is a directory\n")
+
+
+def test_options_of_smolrsrwkv(path):
+    options = "--max-eval-threads 1 --max-load-threads 4 --temperature 1 --top-k 40 --top-p 0.85"
+    options += " --seed 1 --repetition-penalty 1.3 --forever --max-tokens 5 --prompt Hello"
+    done = rwkv("generate", "-m", path, *options.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    for more in ("--mirostat 2 --top-p 1", "--typical-p 0.9", "--tail-free 0.9"):
+        assert rwkv("generate", "a", "-m", path, "-n", 5, *more.split()).returncode == 0
 
 
 def test_empty_stdin(path):

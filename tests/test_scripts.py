@@ -1,5 +1,6 @@
 """The checkout's entry points, from another folder and from their own; the example of 2023."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -64,9 +65,13 @@ def test_quantize(script, path, tmp_path):
 def test_generate_completions(script, path):
     done = script("generate_completions", path, "Hello", "--max-tokens", 9, "--seed", 3)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == rwkv("generate", "Hello", "-m", path, "-n", 9, "--seed", 3).stdout
+    same = ["Hello", "-n", 9, "--count", 3, "--temperature", 0.8, "--top-p", 0.5, "--seed", 3]
+    expected = rwkv("generate", "-m", path, *same).stdout
+    assert done.stdout.splitlines()[:-1] == expected.splitlines()[:-1]  # the last is the time
+    assert [f"--- Generation {i} ---" in done.stdout for i in range(5)] == [0, 1, 1, 1, 0]
+    assert re.fullmatch(r"Took \d+\.\d{3} sec, \d+ ms per token", done.stdout.splitlines()[-1])
     done = script("generate_completions", path, "-n", 0)
-    assert done.stdout.startswith("# rwkv-ggml")  # a prompt of its own
+    assert "\n# rwkv-ggml" in done.stdout  # a prompt of its own
     assert script("generate_completions").returncode == 2
 
 

@@ -24,7 +24,16 @@ from hypothesis import strategies as st
 from reference.tokenizers import Slow20B, SlowWorld
 from rwkv_cpp import tokenizer as module
 from rwkv_cpp.errors import RWKVFileError, VocabularyNotFound
-from rwkv_cpp.tokenizer import PublishedVocabulary, StreamDecoder, Tokenizer, load_tokenizer
+from rwkv_cpp.tokenizer import (
+    ByteTokenizer,
+    PublishedVocabulary,
+    StreamDecoder,
+    Tokenizer,
+    WorldTokenizer,
+    ends_text,
+    first_token,
+    load_tokenizer,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 NAME_20B = "20B_tokenizer.json"
@@ -744,3 +753,12 @@ def test_download_offline(
     hub.server_close()
     text = load_elsewhere(vocabulary, hub.server_port)
     assert text.count("of the Hugging Face hub: ") == 2
+
+
+def test_where_texts_begin_and_end():
+    world = WorldTokenizer(300, [bytes([value]) for value in range(256)])
+    assert ends_text(world, 0)
+    assert not ends_text(world, 1)
+    assert first_token(world) == 0
+    assert not ends_text(ByteTokenizer(), 0)
+    assert first_token(ByteTokenizer()) == 10

@@ -141,7 +141,7 @@ class _Search:
         return going
 
     def follow(self, beams: list[_Beam]) -> None:
-        """Go on with these beams, all of one length; with none that can't become one of the best."""
+        """Go on with these beams, all of one length; with none where none can be of the best."""
         self.beams = []
         for beam in beams:
             if len(beam.tokens) == self._rules.max_tokens:

@@ -11,6 +11,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,13 +66,16 @@ def main() -> NoReturn:
     run(group)
 
 
-def main_as(name: str, *positional: str, **defaults: str) -> NoReturn:
+def main_as(name: str, *positional: str, **defaults: object) -> NoReturn:
     """Run one subcommand as a script of its own, as the scripts of 2023 are called.
 
     positional: names of the options and arguments that are arguments there, in their order; those
-    that end in "?" may be left out. defaults: of arguments, where the subcommand has others.
+    that end in "?" may be left out. defaults: of options and arguments, where the subcommand has
+    others.
     """
     command = subcommand(name)
+    for parameter in command.params:
+        parameter.default = defaults.get(parameter.name or "", parameter.default)
     arguments = []
     for word in positional:
         name = word.removesuffix("?")
@@ -80,8 +84,9 @@ def main_as(name: str, *positional: str, **defaults: str) -> NoReturn:
         if name == word:
             argument = click.Argument([name], type=parameter.type)
         else:
-            default = defaults.get(name, parameter.default)
-            argument = click.Argument([name], type=parameter.type, required=False, default=default)
+            argument = click.Argument(
+                [name], type=parameter.type, required=False, default=parameter.default
+            )
         arguments.append(argument)
     command.params[:0] = arguments
     run(command)
@@ -96,6 +101,7 @@ def run(command: click.Command) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character of the text
             stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, _terminate)
+    warnings.showwarning = _note
     try:
         code = command.main(prog_name=_program(command), standalone_mode=False, **_SETTINGS)
         sys.stdout.flush()
@@ -130,6 +136,10 @@ def _program(command: click.Command) -> str:
 def _fail(message: str) -> NoReturn:
     click.echo(f"error: {message}", err=True)
     sys.exit(1)
+
+
+def _note(message: Warning | str, *where: object) -> None:
+    click.echo(f"note: {message}", err=True)
 
 
 def _drop_output() -> None:

@@ -96,6 +96,7 @@ class _Escaped(click.ParamType):
     type=click.IntRange(1, MAX_THREADS),
     help="[default: physical cores]",
 )
+@click.option("--max-load-threads", hidden=True, expose_value=False)  # one number serves both
 @click.option(
     "-t",
     "--vocab",

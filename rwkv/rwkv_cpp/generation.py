@@ -275,7 +275,7 @@ class SampledAnswers(Generation):
 def new_sampler(
     prompt: Prompt, sampling: Sampling, tokenizer: Tokenizer, stream: int = 0
 ) -> Sampler:
-    """For an answer, or for the rest of one that was interrupted, where there is nothing to read."""
+    """For an answer; where there is nothing to read, for the rest of one that was interrupted."""
     start = prompt.start
     first = len(start.tokens) - (0 if prompt.tokens else start.n_generated)
     history = start.tokens[first:]

@@ -1,7 +1,7 @@
 """Reading: texts that are given, as many as there are at once, in chunks.
 
-Nothing is changed in place: what was read before an error, Ctrl-C or a cancellation is given up, and
-the states that a caller holds stay as they were.
+Nothing is changed in place: what was read before an error, Ctrl-C or a cancellation is given up,
+and the states that a caller holds stay as they were.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ Text = str | Sequence[int]
 class RWKV:
     """A language model that reads, writes and scores text.
 
-    path: what `find_model` understands: a model file, a checkpoint, a name that `rwkv pull` fetched;
-    None: the embedded model. format: the model in this format, see there.
+    path: what `find_model` understands: a model file, a checkpoint, a name that `rwkv pull`
+    fetched; None: the embedded model. format: the model in this format, see there.
     vocabulary: a file or a Tokenizer; None: as `load_tokenizer` finds it, when text is first used.
     n_threads: 1..1024; None: all physical cores that this process may use.
     prefix_cache: of what was read already. It serves all calls whose state, if any, is not foreign.
@@ -415,4 +415,4 @@ def _is_single(prompt: object) -> bool:
     """Whether it is one prompt: text, or tokens, even none; not a list of prompts."""
     if isinstance(prompt, str) or not isinstance(prompt, Iterable):
         return True
-    return not any(isinstance(part, str) or isinstance(part, Iterable) for part in prompt)
+    return not any(isinstance(part, Iterable) for part in prompt)
