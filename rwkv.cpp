@@ -186,7 +186,7 @@ uint64_t columns_size(const Index & index, const Tensor & tensor,
     const uint64_t size = ggml_columns_size(tensor.type, tensor.rows, tensor.cols);
     if (size > 0) return size;
     fail(RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED,
-         "%s: tensor '%s' is %s, sparse_ffn is for FP32 and FP16 (leave it out)",
+         "%s: tensor '%s' is %s, sparse_ffn is for FP32, FP16 and Q8_0 (leave it out)",
          index.path.c_str(), tensor.name.c_str(), type_name(tensor.type));
 }
 
@@ -248,13 +248,13 @@ void pack_bf16(const InputFile & file, const Tensor & tensor, const Team & team,
     each_slab(file, tensor, GGML_STRIPE, progress, pack_slab);
 }
 
-// Copies a tensor by columns, the same way.
+// Copies a tensor by columns, the same way; FP32 and FP16 weights have to be finite.
 void pack_columns(const InputFile & file, const Tensor & tensor, const Team & team,
                   const Progress & progress, uint8_t * columns) {
     const size_t row_size = ggml_row_size(tensor.type, tensor.cols);
     RowConverter check(file, tensor, tensor.type, team, "load without sparse_ffn");
     const auto pack_slab = [&](size_t first_row, size_t rows, const uint8_t * bytes) {
-        check(first_row, rows, bytes);
+        if (!ggml_type_traits(tensor.type)->quantized) check(first_row, rows, bytes);
         team.run(rows, GGML_ROW_UNIT, [&](size_t first, size_t last) {
             ggml_pack_columns(tensor.type, tensor.rows, tensor.cols, bytes + first * row_size,
                               columns, first_row + first, first_row + last);

@@ -101,8 +101,8 @@ void ggml_pack_bf16(enum ggml_type type, size_t rows, size_t cols, const void * 
                     size_t first, size_t last);
 
 /* A copy by columns, from which a vector with many zeros is multiplied faster: the columns that
- * meet zeros are not read. All weights have to be finite. Bytes of the copy; 0: not for this type.
- */
+ * meet zeros are not read. FP32 and FP16 weights have to be finite. Bytes of the copy; 0: not for
+ * this type. */
 size_t ggml_columns_size(enum ggml_type type, size_t rows, size_t cols);
 
 /* Copies rows [first, last) of a matrix of `rows` rows; first is a multiple of 32, last too or
@@ -146,10 +146,11 @@ struct ggml_kernels {
     void (*matmul[GGML_TYPE_COUNT])(const struct ggml_matrix * w, const struct ggml_input * in,
                                     float * y, size_t ldy, size_t first, size_t last);
 
-    /* y[r] = W[r]·x in the same way, from W's columns where x is not zero; but where that is -0,
-     * all columns may be needed to tell. NULL where ggml_columns_size is 0. */
-    void (*sparse[GGML_TYPE_COUNT])(const struct ggml_matrix * w, const float * x, float * y,
-                                    size_t first, size_t last);
+    /* y[r] = W[r]·x[0] in the same way, from W's columns where x is not zero; but where that is -0,
+     * all columns may be needed to tell. first is a multiple of 64, and last too or W's number of
+     * rows. NULL where ggml_columns_size is 0. */
+    void (*sparse[GGML_TYPE_COUNT])(const struct ggml_matrix * w, const struct ggml_input * in,
+                                    float * y, size_t first, size_t last);
 
     void (*layer_norm)(size_t n, const float * x, const float * w, const float * b, float * y);
     void (*lerp)(size_t n, const float * x, const float * prev, const float * mix, float * y);
@@ -185,7 +186,8 @@ void ggml_make_act(const struct ggml_kernels * kernels, enum ggml_type type,
                    enum ggml_activations activations, const float * x, size_t first, size_t last,
                    uint8_t * act);
 
-/* What kernels->matmul is for; skips columns where the matrix and the input allow it. */
+/* What kernels->matmul is for; skips columns where the matrix and the input allow it. first and
+ * last as there or, if the matrix has a copy by columns, as ggml_row_unit makes them. */
 void ggml_multiply(const struct ggml_kernels * kernels, const struct ggml_matrix * w,
                    const struct ggml_input * in, float * y, size_t ldy, size_t first, size_t last);
 

@@ -1,5 +1,5 @@
 /* Chooses kernels: lays the levels that this CPU can run over each other, weakest first. */
-#include "kernels.h"
+#include "columns.h"
 
 #include <math.h>
 #include <string.h>
@@ -108,7 +108,7 @@ void ggml_multiply(const struct ggml_kernels * kernels, const struct ggml_matrix
         kernels->matmul[w->type](w, in, y, ldy, first, last);
         return;
     }
-    kernels->sparse[w->type](w, in->x, y, first, last);
+    kernels->sparse[w->type](w, in, y, first, last);
     for (size_t row = first; row < last; row += GGML_STRIPE) {
         const size_t end = last - row < GGML_STRIPE ? last : row + GGML_STRIPE;
         for (size_t r = row; r < end; r++) {
@@ -122,5 +122,5 @@ void ggml_multiply(const struct ggml_kernels * kernels, const struct ggml_matrix
 size_t ggml_row_unit(const struct ggml_matrix * w, size_t n, size_t n_threads) {
     if (!w->columns || n != 1) return GGML_ROW_UNIT;
     const size_t share = (w->rows + n_threads - 1) / n_threads; /* long pieces of columns */
-    return (share + GGML_ROW_UNIT - 1) / GGML_ROW_UNIT * GGML_ROW_UNIT;
+    return (share + GGML_COLUMN_UNIT - 1) / GGML_COLUMN_UNIT * GGML_COLUMN_UNIT;
 }

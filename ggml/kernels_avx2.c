@@ -624,6 +624,56 @@ GGML_INLINE void add_columns(bool wide, int n, const uint8_t * const * columns,
     }
 }
 
+/* Bytes of four registers side by side: a register's lane has four of one row. */
+GGML_INLINE void interleave(const __m256i from[4], __m256i to[4]) {
+    const __m256i low[2] = {_mm256_unpacklo_epi8(from[0], from[1]),
+                            _mm256_unpacklo_epi8(from[2], from[3])};
+    const __m256i high[2] = {_mm256_unpackhi_epi8(from[0], from[1]),
+                             _mm256_unpackhi_epi8(from[2], from[3])};
+    to[0] = _mm256_unpacklo_epi16(low[0], low[1]);
+    to[1] = _mm256_unpackhi_epi16(low[0], low[1]);
+    to[2] = _mm256_unpacklo_epi16(high[0], high[1]);
+    to[3] = _mm256_unpackhi_epi16(high[0], high[1]);
+}
+
+/* Codes are multiplied as 16-bit numbers, those of even and of odd columns. */
+GGML_INLINE void add_codes(bool wide, const struct ggml_nonzero_block * block,
+                           const struct ggml_nonzero_block * next, const uint8_t * scales,
+                           const uint8_t * ahead, size_t rows, float * sums) {
+    const __m256 d = _mm256_set1_ps(block->act.d);
+    const size_t width = wide ? 4 : 2;
+    for (size_t r = 0; r < rows; r += 32) {
+        const size_t half = r % 64 / 4, piece = r / 64 * 64; /* rows 16q + half .. 16q + half + 7 */
+        if (half == 0) {
+            for (size_t i = 0; i < next->n; i++)
+                _mm_prefetch((const char *)next->column[i] + r, _MM_HINT_T0);
+            for (size_t line = 0; line < 64 * width; line += 64)
+                _mm_prefetch((const char *)ahead + r * width + line, _MM_HINT_T0);
+        }
+        __m256i sum[4];
+        for (int q = 0; q < 4; q++) sum[q] = _mm256_set1_epi32(-128 * block->act.sum);
+        for (size_t i = 0; i < block->n; i += 4) {
+            const __m256i even = broadcast(block->act.a + i), odd = broadcast(block->act.a + i + 2);
+            __m256i columns[4], codes[4];
+            for (size_t j = 0; j < 4; j++) columns[j] = load_bytes(block->column[i + j] + r, 0);
+            interleave(columns, codes);
+            for (int q = 0; q < 4; q++) {
+                const __m256i low = _mm256_and_si256(codes[q], _mm256_set1_epi16(255));
+                const __m256i high = _mm256_srli_epi16(codes[q], 8);
+                sum[q] = _mm256_add_epi32(sum[q], _mm256_madd_epi16(low, even));
+                sum[q] = _mm256_add_epi32(sum[q], _mm256_madd_epi16(high, odd));
+            }
+        }
+        for (size_t q = 0; q < 4; q++) {
+            const size_t row = piece + 16 * q + half;
+            const __m256 t = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[q]), d);
+            const __m256 scale = load_scales(scales + row * width, 0, wide);
+            float * to = sums + row;
+            _mm256_store_ps(to, _mm256_fmadd_ps(scale, t, _mm256_load_ps(to)));
+        }
+    }
+}
+
 GGML_COLUMNS_INSTANCES
 
 /* ---- BF16 matrices -------------------------------------------------------------------------- */
@@ -1013,7 +1063,7 @@ const struct ggml_kernels ggml_kernels_avx2 = {
             [GGML_TYPE_BF16] = matmul_BF16,
             GGML_QUANTIZED_ENTRIES,
         },
-    .sparse = {[GGML_TYPE_FP32] = sparse_FP32, [GGML_TYPE_FP16] = sparse_FP16},
+    .sparse = {GGML_COLUMNS_ENTRIES},
     .layer_norm = layer_norm,
     .lerp = lerp,
     .exp = exp_vector,

@@ -204,6 +204,26 @@ GGML_INLINE void add_columns(bool wide, int n, const uint8_t * const * columns,
     }
 }
 
+GGML_INLINE void add_codes(bool wide, const struct ggml_nonzero_block * block,
+                           const struct ggml_nonzero_block * next, const uint8_t * scales,
+                           const uint8_t * ahead, size_t rows, float * sums) {
+    (void)next, (void)ahead; /* plain C has no prefetch */
+    for (size_t r = 0; r < rows; r += 64) {
+        int32_t sum[64] = {0};
+        for (size_t i = 0; i < block->n; i++) {
+            const int16_t a = block->act.a[ggml_slot((int)i)];
+            for (int j = 0; j < 64; j++) sum[j] += (block->column[i][r + (size_t)j] - 128) * a;
+        }
+        for (size_t q = 0; q < 4; q++) {
+            float t[LANES], d[LANES];
+            for (size_t j = 0; j < LANES; j++)
+                t[j] = (float)sum[ggml_code_place(LANES * q + j)] * block->act.d;
+            load_scales(scales + (r + LANES * q) * (wide ? 4 : 2), wide, d);
+            fma32_lanes(d, t, sums + r + LANES * q);
+        }
+    }
+}
+
 GGML_COLUMNS_INSTANCES
 
 #define INSTANCE(TYPE)                                                                             \
@@ -404,7 +424,7 @@ const struct ggml_kernels ggml_kernels_scalar = {
             [GGML_TYPE_BF16] = matmul_BF16,
             GGML_QUANTIZED_ENTRIES,
         },
-    .sparse = {[GGML_TYPE_FP32] = sparse_FP32, [GGML_TYPE_FP16] = sparse_FP16},
+    .sparse = {GGML_COLUMNS_ENTRIES},
     .layer_norm = layer_norm,
     .lerp = lerp,
     .exp = exp_vector,

@@ -186,11 +186,14 @@ def test_every_way_gives_the_same_bits(tmp_path, tensors, monkeypatch, version, 
     assert {None, "scalar"} <= levels_run
 
 
-@pytest.mark.parametrize("name", quants.PLAIN)
-def test_leaving_zeros_out_changes_no_bits(tmp_path, tensors, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("version", "name"), [(101, "FP32"), (101, "FP16"), (100, "Q8_0"), (101, "Q8_0")]
+)
+def test_leaving_zeros_out_changes_no_bits(tmp_path, tensors, monkeypatch, version, name):
     path, wide = tmp_path / "model.bin", tmp_path / "wide.bin"
-    write_model(path, tensors, name)
-    write_model(wide, random_model(5, N_VOCAB, n_embed=1088, n_layer=1, n_ffn=70), name)
+    write_model(path, tensors, name, version)
+    wide_tensors = random_model(5, N_VOCAB, n_embed=1088, n_layer=1, n_ffn=96)
+    write_model(wide, wide_tensors, name, version)
     with RWKVModel(None, path, 1) as model, RWKVModel(None, wide, 1) as wide_model:
         expected, wide_expected = evaluate(model, TOKENS[:40]), evaluate(wide_model, TOKENS[:1])
     for level in LEVELS:

@@ -342,16 +342,19 @@ static void test_sparse(const struct ggml_kernels * k, enum ggml_type type) {
     static const size_t sizes[][2] = {{1, 1},   {16, 16},   {17, 15},   {50, 33},
                                       {96, 64}, {530, 100}, {1100, 48}, {20, 8225}};
     static const uint32_t percents[] = {0, 30, 75, 95, 100};
+    const bool quantized = ggml_type_traits(type)->quantized;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         for (size_t j = 0; j < sizeof percents / sizeof *percents; j++) {
             for (int input = NORMAL_INPUT; input <= SPECIALS; input++) {
-                const size_t rows = sizes[i][0], cols = sizes[i][1];
+                const size_t rows = sizes[i][0];
+                const size_t cols = quantized ? (sizes[i][1] + 31) / 32 * 32 : sizes[i][1];
                 struct problem p =
                     make_problem(type, rows, cols, 1, NORMAL_WEIGHTS, (enum input)input);
                 for (size_t c = 0; c < cols; c++)
                     if (random_below(100) < percents[j]) p.x[c] = random_below(2) ? 0.0f : -0.0f;
+                if (quantized) scalar->quantize_act(p.in.activations, cols, p.x, p.act);
                 uint8_t * columns = make_columns(&p);
-                check_sparse(k, &p, rows / 2 / 16 * 16, "random");
+                check_sparse(k, &p, rows / 2 / 64 * 64, "random");
                 free(columns);
                 free_problem(&p);
             }
@@ -372,7 +375,7 @@ static void test_sparse_minus_zero(const struct ggml_kernels * k) {
     }
     for (int c = 0; c < COLS; c++) p.x[c] = c < 16 ? 1e-45f : 0;
     uint8_t * columns = make_columns(&p);
-    check_sparse(k, &p, 16, "minus zero");
+    check_sparse(k, &p, 0, "minus zero");
     free(columns);
     free_problem(&p);
 }
@@ -709,8 +712,8 @@ int main(int argc, char ** argv) {
         int before = passed + failed;
         test_matmuls(k);
         test_many_vectors(k);
-        test_sparse(k, GGML_TYPE_FP32);
-        test_sparse(k, GGML_TYPE_FP16);
+        for (int t = 0; t < GGML_TYPE_COUNT; t++)
+            if (ggml_columns_size((enum ggml_type)t, 1, 32) > 0) test_sparse(k, (enum ggml_type)t);
         test_sparse_minus_zero(k);
         test_large_float_matrices(k);
         test_vectors(k);

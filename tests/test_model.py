@@ -694,8 +694,11 @@ def test_models_that_zeros_cannot_be_left_out_of(tmp_path):
             RWKVModel(None, path, 1, sparse_ffn=True)
 
     write_model(path, tensors, types={"blocks.1.ffn.value.weight": "Q4_1"})
-    refused(ValueError, r"'blocks\.1\.ffn\.value\.weight' is Q4_1, sparse_ffn is for FP32 and FP16")
-    with pytest.raises(ValueError, match="sparse_ffn is for FP32 and FP16"):
+    refused(
+        ValueError,
+        r"'blocks\.1\.ffn\.value\.weight' is Q4_1, sparse_ffn is for FP32, FP16 and Q8_0",
+    )
+    with pytest.raises(ValueError, match="sparse_ffn is for FP32, FP16 and Q8_0"):
         load_rwkv_shared_library().rwkv_estimate(path, sparse_ffn=True)
     tensors["blocks.0.ffn.key.weight"][0, 0] = np.inf
     write_model(path, tensors, "FP16")

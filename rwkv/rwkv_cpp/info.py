@@ -74,7 +74,7 @@ def command(model_path: Path | None, show_sizes: bool, options: dict[str, Any]) 
     library = load_rwkv_shared_library()
     if show_sizes:
         if options["sparse_ffn"]:
-            raise click.UsageError("--sizes shows all formats, --sparse-ffn is for FP16 and FP32")
+            raise click.UsageError("--sizes shows all formats, --sparse-ffn is not for all")
         if model_path:
             raise click.UsageError("--sizes shows released models, leave out --model")
         _print_sizes(sizes(library, **options))

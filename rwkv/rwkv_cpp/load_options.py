@@ -68,8 +68,8 @@ _OPTIONS = {
     "sparse_ffn": click.option(
         "--sparse-ffn",
         is_flag=True,
-        help="Leave out weights that meet zeros, of FP16 and FP32 models, token by token: faster, "
-        "with more memory.",
+        help="Leave out weights that meet zeros, of FP32, FP16 and Q8_0 models, token by token: "
+        "faster, with more memory.",
     ),
     "head": click.option(
         "--head",

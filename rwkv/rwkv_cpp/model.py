@@ -78,8 +78,8 @@ class RWKVModel:
     thread_count: 1..1024; None: all physical cores that this process may use.
     mmap: FP32 and FP16 matrices stay in the mapped file, which must not be overwritten meanwhile.
     prefault: read mapped pages now rather than with the first token.
-    sparse_ffn: leave out the weights of ffn.value that meet zeros, in FP32 and FP16: the same bits
-    sooner, for a second copy of these matrices in memory.
+    sparse_ffn: leave out the weights of ffn.value that meet zeros, in FP32, FP16 and Q8_0: the same
+    bits sooner, for a second copy of these matrices in memory.
     head: the format that an FP16 or FP32 head is quantized to, such as "Q8_0"; None: as it is.
     activations: what quantized matrices are multiplied with: "A16" (None), 15 bits, or "int8", 8
     bits, which is faster in prompts and less exact; "bf16": FP32 and FP16 matrices are multiplied
