@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 from rwkv_cpp import RWKVModel, load_rwkv_shared_library
@@ -31,6 +32,7 @@ from rwkv_cpp.bench import (
 )
 from rwkv_cpp.ggmf import read_index
 from rwkv_cpp.library import Limits
+from rwkv_cpp.load_options import load_options
 
 BATCH = 8
 PAUSE = 0.3  # before a turn of ours: threads of other programs spin for a while when they are done
@@ -46,11 +48,11 @@ n_rounds = click.option("--rounds", type=click.IntRange(1), default=3, show_defa
 class Ours:
     """A model of ours, loaded."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, options: dict[str, Any]) -> None:
         self._library = load_rwkv_shared_library()
-        self._model = RWKVModel(self._library, path, threads)
+        self._model = RWKVModel(self._library, path, threads, **options)
         self._threads = threads
-        self.n_bytes = self._library.rwkv_estimate(path).token
+        self.n_bytes = self._library.rwkv_estimate(path, **options).token
         _, records = read_index(path)
         shapes = [r.shape for r in records if r.key.startswith("blocks.") and len(r.shape) == 2]
         self.layer_weights = sum(rows * columns for rows, columns in shapes)
@@ -90,12 +92,18 @@ def main() -> None:
 @models
 @n_threads
 @n_rounds
+@load_options
 def torch_package(
-    package: str, type_name: str, paths: tuple[Path, ...], threads: int, rounds: int
+    package: str,
+    type_name: str,
+    paths: tuple[Path, ...],
+    threads: int,
+    rounds: int,
+    options: dict[str, Any],
 ) -> None:
     header, _ = read_index(paths[0])
     script = Path(__file__).with_name("torch_peers.py")
-    options = {
+    sizes = {
         "vocab": header.n_vocab,
         "embed": header.n_embed,
         "layers": header.n_layer,
@@ -103,8 +111,8 @@ def torch_package(
         "batch": BATCH,
         "threads": threads,
     }
-    words = [f"--{name}={value}" for name, value in options.items()]
-    ours = {path.stem: Ours(path, threads) for path in paths}
+    words = [f"--{name}={value}" for name, value in sizes.items()]
+    ours = {path.stem: Ours(path, threads, options) for path in paths}
     theirs = f"{package} {type_name}"
     figures: dict[str, list[dict[str, float]]] = defaultdict(list)
     noise, reading = [], []
@@ -152,9 +160,12 @@ def gguf_size(path: Path) -> tuple[int, int]:
 @click.argument("ours", type=click.Path(exists=True, path_type=Path))
 @n_threads
 @n_rounds
-def llama(program: str, theirs: Path, ours: Path, threads: int, rounds: int) -> None:
+@load_options
+def llama(
+    program: str, theirs: Path, ours: Path, threads: int, rounds: int, options: dict[str, Any]
+) -> None:
     n_bytes, layer_weights = gguf_size(theirs)
-    model = Ours(ours, threads)
+    model = Ours(ours, threads, options)
     command = [program, "-m", str(theirs), "-t", str(threads), "-r", "1", "-o", "json"]
     command += ["-p", str(LLAMA_PROMPT), "-n", str(LLAMA_TOKENS)]
     rows: dict[str, list[tuple[float, ...]]] = defaultdict(list)

@@ -13,13 +13,15 @@ static inline float fp16_to_fp32(uint16_t h) {
     uint32_t magnitude = h & 0x7FFF;
     uint32_t normal = (magnitude << 13) + (112u << 23);
     uint32_t special = normal + (112u << 23); /* infinity; NaN becomes quiet */
-    special |= magnitude > 0x7C00 ? 0x400000 : 0;
+    special |= (uint32_t)(magnitude > 0x7C00) << 22;
     /* denormal or zero: a whole number of 2^-24, made exactly */
     float f = (float)(int32_t)magnitude * 5.9604644775390625e-8f;
     uint32_t bits;
     memcpy(&bits, &f, sizeof bits);
-    bits = magnitude < 0x0400 ? bits : normal;
-    bits = magnitude < 0x7C00 ? bits : special;
+    /* masks: where a condition chooses, gcc jumps around what is not chosen */
+    const uint32_t is_denormal = 0 - (uint32_t)(magnitude < 0x0400);
+    const uint32_t is_special = 0 - (uint32_t)(magnitude >= 0x7C00);
+    bits = (bits & is_denormal) | (special & is_special) | (normal & ~(is_denormal | is_special));
     bits |= sign;
     memcpy(&f, &bits, sizeof f);
     return f;

@@ -124,9 +124,11 @@ bool ggml_pack_stripes(enum ggml_type type, size_t rows, size_t cols, const void
     return true;
 }
 
-/* Up to 32 weights of a row to bf16; zeros after them. */
-static void round_weights(enum ggml_type type, const uint8_t * from, size_t n, uint16_t to[32]) {
+/* Up to 32 weights of a row as words of bf16; zeros after them. */
+GGML_INLINE void round_weights(enum ggml_type type, const uint8_t * from, size_t n,
+                               uint32_t words[GGML_BF16_WORDS]) {
     float x[32] = {0};
+    uint16_t rounded[32];
     if (type == GGML_TYPE_FP32) {
         memcpy(x, from, n * sizeof *x);
     } else {
@@ -134,28 +136,42 @@ static void round_weights(enum ggml_type type, const uint8_t * from, size_t n, u
         memcpy(h, from, n * sizeof *h);
         for (int k = 0; k < 32; k++) x[k] = fp16_to_fp32(h[k]);
     }
-    for (int k = 0; k < 32; k++) to[k] = fp32_to_bf16(x[k]);
+    for (int k = 0; k < 32; k++) rounded[k] = fp32_to_bf16(x[k]);
+    for (int p = 0; p < GGML_BF16_WORDS; p++) {
+        const int column = ggml_bf16_column(p);
+        words[p] = (uint32_t)rounded[column] << 16 | rounded[column + 2];
+    }
+}
+
+/* The same of up to 16 rows, side by side. */
+GGML_INLINE void pack_bf16_block(enum ggml_type type, const uint8_t * from, size_t row_size,
+                                 size_t rows, size_t n, uint32_t (*words)[GGML_STRIPE]) {
+    uint32_t of_row[GGML_STRIPE][GGML_BF16_WORDS] = {{0}};
+    for (size_t row = 0; row < rows; row++)
+        round_weights(type, from + row * row_size, n, of_row[row]);
+    for (int p = 0; p < GGML_BF16_WORDS; p++)
+        for (int row = 0; row < GGML_STRIPE; row++) words[p][row] = of_row[row][p];
+}
+
+GGML_INLINE void pack_bf16(enum ggml_type type, size_t rows, size_t cols, const uint8_t * src,
+                           uint8_t * dst, size_t first, size_t last) {
+    const size_t row_size = ggml_row_size(type, cols), step = ggml_row_size(type, 32);
+    for (; first < last; first += GGML_STRIPE) {
+        const uint8_t * from = src + first * row_size;
+        uint8_t * to = dst + first / GGML_STRIPE * ggml_stripe_size(GGML_TYPE_BF16, cols);
+        const size_t present = rows - first < GGML_STRIPE ? rows - first : GGML_STRIPE;
+        size_t left = cols;
+        for (; left >= 32; left -= 32, from += step, to += GGML_BF16_BLOCK)
+            pack_bf16_block(type, from, row_size, present, 32, (void *)to);
+        if (left > 0) pack_bf16_block(type, from, row_size, present, left, (void *)to);
+    }
 }
 
 void ggml_pack_bf16(enum ggml_type type, size_t rows, size_t cols, const void * src, void * dst,
                     size_t first, size_t last) {
-    const size_t row_size = ggml_row_size(type, cols);
-    const size_t stripe_size = ggml_stripe_size(GGML_TYPE_BF16, cols);
-    for (; first < last; first += GGML_STRIPE) {
-        const uint8_t * from = (const uint8_t *)src + first * row_size;
-        uint32_t (*words)[GGML_STRIPE] =
-            (uint32_t (*)[GGML_STRIPE])(void *)((uint8_t *)dst + first / GGML_STRIPE * stripe_size);
-        const size_t present = rows - first < GGML_STRIPE ? rows - first : GGML_STRIPE;
-        for (size_t k = 0; k < cols; k += 32, words += GGML_BF16_WORDS) {
-            const size_t n = cols - k < 32 ? cols - k : 32;
-            uint16_t block[GGML_STRIPE][32] = {{0}};
-            for (size_t row = 0; row < present; row++)
-                round_weights(type, from + row * row_size + ggml_row_size(type, k), n, block[row]);
-            for (int p = 0; p < GGML_BF16_WORDS; p++) {
-                const int column = ggml_bf16_column(p);
-                for (int row = 0; row < GGML_STRIPE; row++)
-                    words[p][row] = (uint32_t)block[row][column] << 16 | block[row][column + 2];
-            }
-        }
+    if (type == GGML_TYPE_FP16) {
+        pack_bf16(GGML_TYPE_FP16, rows, cols, src, dst, first, last);
+    } else {
+        pack_bf16(GGML_TYPE_FP32, rows, cols, src, dst, first, last);
     }
 }
