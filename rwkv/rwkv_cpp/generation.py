@@ -501,6 +501,13 @@ class Stream(Iterator[str]):
         self.close()
 
     @property
+    def so_far(self) -> Completion:
+        """The answer as far as its tokens are read, between two pieces; a copy."""
+        with self._lock:
+            (completion,) = self._generation.completions()
+        return completion
+
+    @property
     def completion(self) -> Completion:
         """The whole answer, once the stream has ended or was closed.
 

@@ -155,6 +155,10 @@ class RWKV:
         """The name of the style in which a chat with this model is written."""
         return style_of(self.path, self.n_vocab)
 
+    def empty_state(self) -> State:
+        """The state before the first token; a prompt has to follow."""
+        return self._empty.copy()
+
     # ---- Reading ---------------------------------------------------------------------------------
 
     def read(
