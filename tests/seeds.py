@@ -21,6 +21,7 @@ from rwkv_cpp import load_rwkv_shared_library
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY = SHARED / "data" / "20B_tokenizer.json"
+WORLD = SHARED / "data" / "rwkv_vocab_v20230424.txt"
 
 # By a line that is in this README alone.
 READMES = {
@@ -34,7 +35,10 @@ READMES = {
 needs_seeds = pytest.mark.skipif(
     not (SHARED / "seeds").is_dir(), reason=f"{SHARED / 'seeds'} is absent"
 )
-needs_vocabulary = pytest.mark.skipif(not VOCABULARY.is_file(), reason=f"{VOCABULARY} is absent")
+needs_vocabulary = pytest.mark.skipif(
+    not (VOCABULARY.is_file() and WORLD.is_file()),
+    reason=f"{VOCABULARY} or {WORLD.name} is absent",
+)
 
 
 def readme(name: str) -> str:
@@ -59,23 +63,29 @@ def checkpoint(path: Path, seed: int = 1, n_vocab: int = 50277) -> Path:
     return path
 
 
+def home_with_vocabularies(folder: Path) -> Path:
+    """A folder for RWKV_HOME, of the test's own."""
+    home = folder / "home"
+    home.mkdir(exist_ok=True)
+    for source in (VOCABULARY, WORLD):
+        if source.is_file() and not (home / source.name).exists():
+            (home / source.name).symlink_to(source)
+    return home
+
+
 def run_example(code: str, changes: dict[str, str], cwd: Path, before: str = "") -> str:
     """What a program prints, run where torch cannot be imported. changes: old text -> new text.
 
-    before: code that is run first. numpy's global generator starts from the seed 0.
+    before: code that is run first. RWKV_HOME is cwd/home; numpy's global generator starts from 0.
     """
     for old, new in changes.items():
         assert old in code, old
         code = code.replace(old, new)
     start = "import sys, numpy\nsys.modules['torch'] = None\nnumpy.random.seed(0)\n"
-    home = cwd / "home"
-    home.mkdir(exist_ok=True)
-    if VOCABULARY.is_file() and not (home / VOCABULARY.name).exists():
-        (home / VOCABULARY.name).symlink_to(VOCABULARY)
     (cwd / "example.py").write_text(f"{start}{before}\n{code}", "utf-8")
     variables = environment(
         RWKV_LIBRARY_PATH=str(load_rwkv_shared_library().path),
-        RWKV_HOME=str(home),
+        RWKV_HOME=str(home_with_vocabularies(cwd)),
         PYTHONWARNINGS="ignore",
     )
     done = run([sys.executable, cwd / "example.py"], cwd=cwd, env=variables)

