@@ -6,18 +6,19 @@ A state is small, so one is kept after every word: going back is taking an older
 was gone on from stays as it was, so that any number of branches leave it.
 """
 
-from rwkv_cpp import RWKV
+from rwkv_cpp import RWKV, State
 
-WORDS = "KING HENRY:\nMy lord, I pray you tell me where you go".split(" ")
+OPENING = "KING HENRY:\nMy lord, I pray you tell me where you go"
 
 rwkv = RWKV()
-states = []
-for i, word in enumerate(WORDS):
+words = OPENING.split(" ")
+states: list[State] = []
+for i, word in enumerate(words):
     states.append(rwkv.read(word if i == 0 else f" {word}", states[-1] if states else None))
 print(f"{len(states)} words, a state after each: {sum(s.nbytes for s in states) / 1e6:.2f} MB\n")
 
 for n, instead in (11, ""), (8, " who I am"), (5, " and thank you"):
-    print(" ".join(WORDS[:n]), end=f"[{instead}]")
+    print(" ".join(words[:n]), end=f"[{instead}]")
     for piece in rwkv.stream(instead, state=states[n - 1], max_tokens=30, seed=n):
         print(piece, end="", flush=True)
     print("\n")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rwkv_cpp import PrefixCache, State, StateNotice
+from rwkv_cpp import RWKV, PrefixCache, State, StateNotice
 from rwkv_cpp.fingerprint import Fingerprint
 
 FINGERPRINT = Fingerprint.known("f" * 32, "e" * 32)
@@ -85,6 +85,7 @@ def test_no_two_keys_and_tokens_are_confused(tmp_path):  # D-04
     for i, (key, tokens) in enumerate(pairs):
         cache.store(key, make_state(tokens, i))
     assert len(cache) == len(files(tmp_path)) == len(pairs)
+    assert len({path.stem.split("-")[2] for path in files(tmp_path)}) == len(pairs)
     for i, (key, tokens) in enumerate(pairs):
         assert cache.longest(key, tokens) == make_state(tokens, i)
     with pytest.raises(TypeError, match=r"tokens\[0\] must be an integer, not str"):
@@ -357,3 +358,40 @@ PrefixCache(folder=Path(sys.argv[1])).store("k", make_state([1, 2]))
     cache.store("k", make_state([3]))  # the lock was let go; leftovers are removed
     assert not any(path.suffix == ".tmp" for path in tmp_path.iterdir())
     assert len(files(tmp_path)) == 2
+
+
+# ---- with a model ----
+
+
+def same_bits(a: State, b: State) -> bool:
+    return a == b and a.logits.tobytes() == b.logits.tobytes()
+
+
+def test_cached_and_uncached_runs_give_equal_bits(tmp_path):
+    prompts = "ROMEO:\nI", "ROMEO:\nI am here", "ROMEO:\nI am", "ROMEO:\nI am here", "JULIET:"
+    with RWKV() as plain:
+        expected = [plain.generate(prompt, max_tokens=8, seed=1) for prompt in prompts]
+    for expected_cached in [0, 8, 8, 16, 0], [8, 16, 11, 16, 7]:  # at first, after a restart
+        with RWKV(prefix_cache=PrefixCache(folder=tmp_path)) as rwkv:
+            for prompt, right, n_cached in zip(prompts, expected, expected_cached, strict=True):
+                answer = rwkv.generate(prompt, max_tokens=8, seed=1)
+                assert answer.text == right.text
+                assert same_bits(answer.state, right.state)
+                assert answer.timings.cached_tokens == n_cached
+
+
+def test_what_is_read_after_a_rounded_state_is_not_kept():
+    cache = PrefixCache()
+    with RWKV(prefix_cache=cache) as rwkv:
+        rounded = State.from_bytes(rwkv.read("ROMEO:").to_bytes("float16"))
+        before = len(cache)
+        rwkv.generate(" I", state=rounded, max_tokens=3)
+        assert len(cache) == before
+
+
+def test_models_of_other_arithmetic_share_nothing():
+    cache = PrefixCache()
+    with RWKV(prefix_cache=cache) as one, RWKV(prefix_cache=cache, head="Q8_0") as other:
+        one.read("ROMEO:")
+        assert other.generate("ROMEO:", max_tokens=1).timings.cached_tokens == 0
+        assert one.generate("ROMEO:", max_tokens=1).timings.cached_tokens == 6

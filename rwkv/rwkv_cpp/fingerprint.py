@@ -33,8 +33,8 @@ class Fingerprint:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._status = _status(path)
+        self._path = path.absolute()
+        self._status = _status(self._path)
         self._family: str | None = None
         self._exact: str | None = None
 
