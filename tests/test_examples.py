@@ -1,14 +1,17 @@
 """The scripts of examples/ do what they say, each in a process of its own."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import rwkv_cpp
 from rwkv_cpp import RWKV, State
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = str(Path(rwkv_cpp.__file__).resolve().parents[1])  # where the tested one is
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -21,6 +24,7 @@ def run(tmp_path):
         done = subprocess.run(
             [sys.executable, *command, *arguments],
             cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": PACKAGES},
             capture_output=True,
             encoding="utf-8",
             timeout=120,
