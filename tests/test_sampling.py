@@ -500,7 +500,7 @@ def test_penalties(history, repetition, presence, frequency, decay):
         penalty_decay=decay,
         temperature=0,
     )
-    logits = np.random.default_rng(1).standard_normal(40).astype(np.float32)
+    logits = np.random.default_rng(1).standard_normal(40)
     expected = penalized(logits, history, sampling)
     best = int(np.argmax(expected))
     given_whole = Sampler(sampling, 40, history=history)

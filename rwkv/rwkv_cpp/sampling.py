@@ -313,7 +313,7 @@ class Sampler:
         return self._scores(row)
 
     def _scores(self, row: Scores) -> Scores:
-        """The logits after penalties, biases and bans: a float64 copy, or themselves."""
+        """The logits after penalties, biases and bans: a copy, or themselves."""
         if self._written is not None:
             row = self._written.penalized(row, self.sampling)
         row = self._bias.added_to(row)
@@ -422,9 +422,9 @@ class _Bias:
         self._banned = np.array([*(biases.keys() - finite.keys()), *banned], np.intp)
 
     def added_to(self, row: Scores) -> Scores:
-        """A float64 copy of the row with them, or the row itself if there are none."""
+        """A copy of the row with them, or the row itself if there are none."""
         if self._ids.size or self._banned.size:
-            row = row.astype(np.float64)
+            row = row.copy()
             row[self._ids] += self._values
             row[self._banned] = -np.inf  # even a logit of +inf
         return row
@@ -454,11 +454,11 @@ class _Written:
         self._now += 1
 
     def penalized(self, row: Scores, sampling: Sampling) -> Scores:
-        """A float64 copy of the row with the scores of these tokens lowered."""
-        row = row.astype(np.float64)
+        """A copy of the row with the scores of these tokens lowered."""
+        row = row.copy()
         count = len(self._place)
         ids = self._ids[:count]
-        scores = row[ids]
+        scores = row[ids].astype(np.float64)
         with np.errstate(over="ignore", under="ignore"):
             if (penalty := sampling.repetition_penalty) != 1:
                 scores = np.where(scores > 0, scores / penalty, scores * penalty)
