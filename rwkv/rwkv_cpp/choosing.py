@@ -77,7 +77,8 @@ def choose(
                 if lowest == -math.inf:  # beyond those near the best one
                     ids, row = _near(scores, highest, math.inf)
             if lowest == -math.inf:
-                lowest = _lowest(scores[ids], row, -math.inf, 0.0, *limits)
+                allowed = scores if ids.size == scores.size else scores[ids]
+                lowest = _lowest(allowed, row, -math.inf, 0.0, *limits)
             ids, row = _keep(ids, row, row >= lowest)
         elif typical_p == 1:
             rest = _rest(scores, highest, ids, temperature)
