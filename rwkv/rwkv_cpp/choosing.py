@@ -198,8 +198,8 @@ def _lowest(
     min_p: float,
     tail_free: float,
 ) -> float:
-    """The score, relative to the best one's, that a token needs to pass all cuts; -inf if none of
-    them ends within the row.
+    """The score, relative to the best one's, that a token needs to pass all cuts; -inf if the row
+    does not tell, or holds no token that fails.
 
     scores and row, relative to the best one's, are those of all tokens down to `floor`; the weights
     of the others add up to `rest`.
@@ -210,7 +210,10 @@ def _lowest(
     if min_p > 0 and math.log(min_p) >= floor:
         lowest = max(lowest, math.log(min_p))
     if tail_free < 1:
-        lowest = max(lowest, _tail(scores, tail_free, floor))
+        tail = _tail(scores, tail_free, floor)
+        if math.isnan(tail):
+            return -math.inf
+        lowest = max(lowest, tail)
     if top_p < 1:
         weights = np.exp(row)
         total = float(weights.sum()) + rest
@@ -265,22 +268,23 @@ def _tail(scores: Scores, tail_free: float, floor: float) -> float:
     with the probabilities p in descending order, the bends |p[i-1] - 2 p[i] + p[i+1]| scaled to a
     sum of 1, the tail begins where their running sum exceeds tail_free; the last token is in it.
 
-    -inf if nothing bends, or if tokens below the floor, which are not here, could move the tail.
+    -inf if nothing bends; NaN if tokens below the floor, which are not here, could move the tail.
     """
     if scores.size < 3:
-        return -math.inf
+        return -math.inf if floor == -math.inf else math.nan
     descending = np.sort(scores)[::-1]  # twice as fast in float32
     row = _relative(descending, float(descending[0]))
     weights = np.exp(row)
     bends = np.diff(weights, 2)
     np.abs(bends, out=bends)
     total = float(bends.sum())
-    if total == 0:
-        return -math.inf
     before = _at(bends, tail_free * total)
-    # Of p that only falls, all bends from some place on are at most twice its value before there.
-    missing = 2 * float(weights[-2]) if floor > -math.inf else 0.0
-    if _at(bends, tail_free * (total + missing)) != before:
+    if floor > -math.inf:
+        # Where p only falls, all bends from a place on are at most twice its value before there.
+        most = tail_free * (total + 2 * float(weights[-2]))
+        if most >= total or _at(bends, most) != before:
+            return math.nan
+    elif total == 0:
         return -math.inf
     return float(row[before])
 

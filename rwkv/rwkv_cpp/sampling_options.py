@@ -100,12 +100,9 @@ def _text_or_file(text: str) -> str:
 # What a field's kind is on the command line: how a value is read, and what it is called in the help
 # where click does not know.
 _KINDS: dict[str, tuple[Callable[[FieldInfo], Any], str | None]] = {
-    "float": (
-        lambda info: click.FloatRange(_end(info.low), _end(info.high), min_open=info.without_low),
-        None,
-    ),
-    "int": (lambda info: click.IntRange(_end(info.low), _end(info.high)), None),
-    "seed": (lambda info: click.IntRange(_end(info.low), _end(info.high)), None),
+    "float": (lambda info: _number(click.FloatRange, info), None),
+    "int": (lambda info: _number(click.IntRange, info), None),
+    "seed": (lambda info: _number(click.IntRange, info), None),
     "biases": (lambda info: _bias, "ID=VALUE"),
     "tokens": (lambda info: click.IntRange(min=0), "ID"),
     "json": (lambda info: _text_or_file, "TEXT|@FILE"),
@@ -113,11 +110,12 @@ _KINDS: dict[str, tuple[Callable[[FieldInfo], Any], str | None]] = {
     "regex": (lambda info: str, "TEXT"),
 }
 
-
 # Of the kinds that may be given several times: what becomes of the values.
 _REPEATED: dict[str, Callable[[Any], Any]] = {"biases": dict, "tokens": tuple}
 
 
-def _end(bound: float) -> Any:
-    """An end of a range, None where there is none."""
-    return None if math.isinf(bound) else bound
+def _number(kind: Callable[..., Any], info: FieldInfo) -> Any:
+    low, high = (None if math.isinf(end) else end for end in (info.low, info.high))
+    if low is None:
+        return click.FLOAT
+    return kind(low, high, min_open=info.without_low)
