@@ -231,6 +231,16 @@ def test_state_of_another_model(model, world):
         model.generate("a", state=np.zeros(3, np.float32))
 
 
+def test_empty_state(model):
+    start = model.empty_state()
+    assert (len(start.tokens), start.logits) == (0, None)
+    assert model.read("Hello", start) == model.read("Hello")
+    start.values[:] = 0  # a copy
+    assert model.read("Hello", model.empty_state()) == model.read("Hello")
+    with pytest.raises(ValueError, match="no logits"):
+        model.generate(state=model.empty_state())
+
+
 def test_empty_prompts(model, world):
     newline = model.generate("\n", seed=3, max_tokens=20)
     assert model.generate("", seed=3, max_tokens=20).tokens == newline.tokens
@@ -416,6 +426,19 @@ def test_stream(model):
         model.stream(["a", "b"])
     with pytest.raises(ValueError, match="one answer"):
         model.stream("a", n=2)
+
+
+def test_a_stream_tells_how_far_it_is(model):
+    stream = model.stream("Hello", seed=1, max_tokens=30)
+    text = ""
+    for piece in stream:
+        text += piece
+        so_far = stream.so_far
+        assert so_far.text.startswith(text)
+        expected = model.read(so_far.tokens, model.read("Hello"))
+        assert so_far.state == expected
+        assert np.array_equal(so_far.state.logits, expected.logits)
+    assert so_far.tokens == stream.completion.tokens
 
 
 def test_closing_a_stream_cancels_the_answer(model):

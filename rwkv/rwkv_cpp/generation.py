@@ -502,7 +502,7 @@ class Stream(Iterator[str]):
 
     @property
     def so_far(self) -> Completion:
-        """The answer as far as its tokens are read, between two pieces; a copy."""
+        """The answer so far, between two pieces, as if it were cancelled there; a copy."""
         with self._lock:
             (completion,) = self._generation.completions()
         return completion
