@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -31,7 +31,7 @@ COMMANDS = {
     "info": (".info", "Show what a model file holds, the memory it takes and this library."),
     "train": (".train", "Train a small RWKV-4 on a text file, from scratch."),
 }
-_SETTINGS = {"help_option_names": ["-h", "--help"]}
+_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 
 
 class _Commands(click.Group):
@@ -47,7 +47,8 @@ class _Commands(click.Group):
 
 
 def subcommand(name: str) -> click.Command:
-    return importlib.import_module(COMMANDS[name][0], __package__).command
+    command: click.Command = importlib.import_module(COMMANDS[name][0], __package__).command
+    return command
 
 
 @click.command(cls=_Commands)
