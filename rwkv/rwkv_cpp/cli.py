@@ -139,7 +139,7 @@ def _fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def _note(message: Warning | str, *where: object) -> None:
+def _note(message: Warning | str, *where: Any, **more: Any) -> None:
     click.echo(f"note: {message}", err=True)
 
 
