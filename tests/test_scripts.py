@@ -43,7 +43,9 @@ def path(tmp_path_factory):
 @pytest.fixture(params=["from another folder", "from its own"])
 def script(request, tmp_path):
     """Runs a script of the checkout, which finds the package beside itself."""
-    variables = environment(RWKV_LIBRARY_PATH=str(load_rwkv_shared_library().path))
+    variables = environment(
+        RWKV_LIBRARY_PATH=str(load_rwkv_shared_library().path), RWKV_HOME=str(tmp_path / "home")
+    )
     del variables["PYTHONPATH"]
 
     def call(name, *arguments, **options):
@@ -54,6 +56,12 @@ def script(request, tmp_path):
         return run([*command, *arguments], **({"cwd": cwd, "env": variables} | options))
 
     return call
+
+
+def test_chat(script, path):
+    done = script("chat_with_bot", path, "-n", "3", input="hello\n/tokens\n")
+    assert done.returncode == 0
+    assert "turn 1" in done.stderr
 
 
 def test_quantize(script, path, tmp_path):

@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .conversation import Conversation
     from .errors import (
         DownloadFailed,
         ForeignState,
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 # Where each public name lives.
 _HOMES = {
     "Completion": "generation",
+    "Conversation": "conversation",
     "DownloadFailed": "errors",
     "ForeignState": "errors",
     "ModelNotFound": "errors",
@@ -77,6 +79,7 @@ _HOMES = {
 __all__ = [
     "RWKV",
     "Completion",
+    "Conversation",
     "DownloadFailed",
     "ForeignState",
     "ModelNotFound",

@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
@@ -23,6 +23,7 @@ from .errors import RWKVError
 # Name, module with the click command `command`, first line of its help.
 COMMANDS = {
     "generate": (".generate", "Continue a text, token by token."),
+    "chat": (".chat", "Chat with a model."),
     "pull": (".pull", "Download a model, convert it and keep it for all commands."),
     "convert": (".convert", "Convert a checkpoint of RWKV-4 to a model file."),
     "quantize": (".quantize", "Write a quantized copy of a model."),
@@ -31,7 +32,7 @@ COMMANDS = {
     "info": (".info", "Show what a model file holds, the memory it takes and this library."),
     "train": (".train", "Train a small RWKV-4 on a text file, from scratch."),
 }
-_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 class _Commands(click.Group):
@@ -47,8 +48,7 @@ class _Commands(click.Group):
 
 
 def subcommand(name: str) -> click.Command:
-    command: click.Command = importlib.import_module(COMMANDS[name][0], __package__).command
-    return command
+    return importlib.import_module(COMMANDS[name][0], __package__).command
 
 
 @click.command(cls=_Commands)
@@ -139,7 +139,7 @@ def _fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def _note(message: Warning | str, *where: Any, **more: Any) -> None:
+def _note(message: Warning | str, *where: object) -> None:
     click.echo(f"note: {message}", err=True)
 
 
