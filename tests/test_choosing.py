@@ -145,6 +145,28 @@ def test_cuts_beyond_those_near_the_best():
         assert abs(last - (kept - 1)) <= (cuts.get("top_p") is not None)
 
 
+def test_tails_that_begin_where_the_near_ones_end():
+    """Bends far from the best token count too: here most of those but the first are there."""
+    rng = np.random.default_rng(4)
+    weights = np.full(5000, 1e-6)
+    weights[:2000] = 4e-5  # just not near the best one
+    weights[2000:2030] = np.linspace(6e-5, 4.6e-5, 30) + rng.random(30) * 1e-6
+    weights[2030] = 1
+    logits = np.log(rng.permutation(weights))
+    assert (logits > -NEAR).sum() == 31
+    found = set()
+    for tail_free in (*np.linspace(0.9997, 1 - 1e-9, 40), 0.5):
+        for top_k in (0, 25, 2500):
+            cuts = {"tail_free": tail_free, "top_k": top_k}
+            kept = np.flatnonzero(cut_probabilities(logits, **cuts))
+            for rank in (0, kept.size // 2, kept.size - 1):
+                point = (rank + 0.5) / kept.size
+                token = choose(logits, lambda point=point: point, temperature=1e9, **cuts)
+                assert token == kept[rank], cuts
+            found.add(kept.size)
+    assert len(found) > 5
+
+
 def test_nothing_is_drawn_where_nothing_is_left_to_chance():
     def fail() -> float:
         raise AssertionError

@@ -1,6 +1,8 @@
 """sampling_options.py and docs/sampling.md: both are made from the table of fields."""
 
 import functools
+import re
+import runpy
 from pathlib import Path
 
 import click
@@ -104,6 +106,15 @@ def test_help_says_what_the_table_says():
 
 def test_the_document_has_the_table():
     assert table() in DOCUMENT.read_text("utf-8")
+
+
+def test_the_documents_programs_run(tmp_path):
+    programs = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)
+    assert len(programs) == 2
+    for program in programs:
+        path = tmp_path / "program.py"
+        path.write_text(program, "utf-8")
+        runpy.run_path(str(path))
 
 
 def table() -> str:

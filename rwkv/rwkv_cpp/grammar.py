@@ -68,7 +68,7 @@ class Grammar:
 
     def _refuse_error(self) -> None:
         if self._matcher.is_error():
-            raise RWKVError(f"{self._kind}: {_first_line(self._matcher.get_error())}")
+            raise RWKVError(f"{self._kind}: {_gist(self._matcher.get_error())}")
 
 
 @functools.lru_cache(maxsize=4)
@@ -116,9 +116,12 @@ def _matcher(tokenizer: Tokenizer, kind: str, text: str) -> Any:
         rule = LLMatcher.grammar_from_lark(text)
     matcher = LLMatcher(vocabulary, rule, log_level=0)
     if matcher.is_error():
-        raise ValueError(f"{kind}: {_first_line(matcher.get_error())}")
+        raise ValueError(f"{kind}: {_gist(matcher.get_error())}")
     return matcher
 
 
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
+def _gist(message: str) -> str:
+    """The line that matters: a regular expression's is the last of several."""
+    lines = message.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    return errors[0].removeprefix("error: ") if errors else lines[0]
