@@ -12,6 +12,7 @@ from rwkv_cpp import RWKVModel, bench, load_rwkv_shared_library
 from rwkv_cpp.bench import Loading, Machine, Noise, Result, Round
 from rwkv_cpp.info import inspect
 from rwkv_cpp.library import Limits, Memory
+from rwkv_cpp.model import EMBEDDED_MODEL
 
 # ---- arithmetic ----
 
@@ -229,7 +230,7 @@ def test_model_as_it_is(quick, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-m", "x", "--shape", "3B"], "exclude"),
+        (["-m", str(EMBEDDED_MODEL), "--shape", "3B"], "exclude"),
         (["--shape", "5B"], "5B"),
         (["--threads", "1,x"], "no list of numbers"),
         (["--threads", "1,0"], "1 to 1024"),

@@ -35,14 +35,27 @@ def path(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("smolrs") / "model.pth", n_vocab=256)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_option(path, option):
+def generate(model, *options):
     done = rwkv(
-        "generate", "-p", "Hello", "-m", path, "--max-tokens", 2, *OPTIONS[option],
-        env=environment(RWKV_HOME=str(path.parent / "home")),
+        "generate", "-p", "Hello", "-m", model, "--max-tokens", 2, *options,
+        env=environment(RWKV_HOME=str(model.parent / "home")),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Hello")
+    return done.stdout
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option(path, option):
+    generate(path, *OPTIONS[option])
+
+
+def test_8_bits_on_the_fly_from_safetensors(path):
+    """As their two steps: pth_to_safetensors.py, then the program."""
+    target = path.with_suffix(".safetensors")
+    assert rwkv("convert", path, target).returncode == 0
+    options = "--format", "Q8_0", "--seed", 1, "-n", 9
+    assert generate(target, *options) == generate(path, *options)
 
 
 @needs_vocabulary

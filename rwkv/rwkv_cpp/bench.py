@@ -268,6 +268,12 @@ class Result:
         def rate(r: Round) -> float:
             return operations(n_weights, PROMPT, r.prompt)
 
+        def batch_rate(n: int, r: Round) -> float:
+            return n / r.batch[n]
+
+        def batch_ratio(n: int, r: Round) -> float:
+            return n * r.batch[1] / r.batch[n]
+
         return {
             "rounds": len(rounds),
             "rounds_discarded": len(self.rounds) - len(rounds),
@@ -291,8 +297,8 @@ class Result:
             },
             "batch": {
                 str(n): {
-                    "tokens": median(lambda r, n=n: n / r.batch[n]),
-                    "ratio": median(lambda r, n=n: n * r.batch[1] / r.batch[n]),
+                    "tokens": median(functools.partial(batch_rate, n)),
+                    "ratio": median(functools.partial(batch_ratio, n)),
                 }
                 for n in BATCHES
             },
@@ -369,7 +375,7 @@ def measure_round(
         limits,
         seconds_of(decode),
         seconds_of(prompt),
-        {n: seconds_of(lambda n=n: batch(n)) for n in BATCHES},
+        {n: seconds_of(functools.partial(batch, n)) for n in BATCHES},
         watch.read(),
     )
 
@@ -493,7 +499,7 @@ def write_random_model(
     """Write an RWKV-4 of this size: weights that stay finite, in a file that is no model of
     anything. Matrices are in this format; embedding and head in FP16, or FP32 as all else."""
     library = library or load_rwkv_shared_library()
-    names = [library.rwkv_get_format_name(number) for number in range(10)]
+    names = [str(library.rwkv_get_format_name(number)) for number in range(10)]
     data_type = names.index(format_name)
     version = 101 if library.rwkv_get_row_size(101, data_type, 32) else 100
     table_type = FP32 if data_type == FP32 else FP16
@@ -531,7 +537,7 @@ def _random_blocks(library: RWKVSharedLibrary, format_name: str) -> bytes:
     for data_type, dtype in DTYPES.items():
         if library.rwkv_get_format_name(data_type) == format_name:
             weights = np.random.default_rng(1).standard_normal(1 << 22, np.float32)
-            return (0.02 * weights).astype(dtype).tobytes()
+            return bytes((0.02 * weights).astype(dtype).tobytes())
     with tempfile.TemporaryDirectory(prefix="rwkv-bench-") as folder:  # C quantizes whole models
         plain, quantized = Path(folder) / "plain.bin", Path(folder) / "quantized.bin"
         write_random_model(plain, "FP16", 1, 512, 1, library)

@@ -73,7 +73,7 @@ class Checkpoint:
     def __init__(
         self,
         path: Path,
-        file: BinaryIO,
+        file: io.BufferedReader,
         tensors: dict[str, _Tensor],
         storages: dict[str, Extent],
     ) -> None:
@@ -129,7 +129,7 @@ class Checkpoint:
         try:
             self._verify(tensor.storage)
             self._file.seek(self._storages[tensor.storage].offset + tensor.start * kind.itemsize)
-            count = self._file.readinto(span.view(np.uint8))
+            count = self._file.readinto(span.view(np.uint8).data)
         except (OSError, ValueError) as error:
             raise RWKVFileError(f"{self.path}: {key}: {error}") from None
         if count != span.nbytes or _status(self._file) != self._status:
@@ -203,7 +203,7 @@ def _reader(head: bytes) -> _Reader | None:
 
 def write_safetensors(
     path: Path,
-    layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    layout: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
     read: Callable[[str], np.ndarray],
 ) -> None:
     """Write a safetensors file; `path` appears only when complete.
@@ -515,7 +515,7 @@ _MAX_JSON = 1 << 22
 
 
 def _safetensors_head(
-    layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+    layout: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[str]]:
     """All that stands before the data, and the keys in the order of the data."""
     codes = {each.numpy: each.safetensors for each in _TYPES}

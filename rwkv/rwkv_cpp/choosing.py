@@ -254,7 +254,7 @@ def _cutoff(keys: Row, weights: Row, target: float) -> float:
         depths = highest - keys
         depths *= scale
         buckets = depths.astype(np.intp)
-        sums = np.cumsum(np.bincount(buckets, weights))
+        sums = np.cumsum(np.bincount(buckets, weights), dtype=np.float64)
         bucket = _holding(sums, target)
         if bucket > 0:
             target -= float(sums[bucket - 1])

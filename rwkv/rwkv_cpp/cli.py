@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -32,7 +32,7 @@ COMMANDS = {
     "info": (".info", "Show what a model file holds, the memory it takes and this library."),
     "train": (".train", "Train a small RWKV-4 on a text file, from scratch."),
 }
-_SETTINGS = {"help_option_names": ["-h", "--help"]}
+_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 
 
 class _Commands(click.Group):
@@ -48,7 +48,8 @@ class _Commands(click.Group):
 
 
 def subcommand(name: str) -> click.Command:
-    return importlib.import_module(COMMANDS[name][0], __package__).command
+    command: click.Command = importlib.import_module(COMMANDS[name][0], __package__).command
+    return command
 
 
 @click.command(cls=_Commands)
@@ -139,7 +140,7 @@ def _fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def _note(message: Warning | str, *where: object) -> None:
+def _note(message: Warning | str, *where: Any, **more: Any) -> None:
     click.echo(f"note: {message}", err=True)
 
 

@@ -25,13 +25,13 @@ from .tokenizer import first_token
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
 
-class _Escaped(click.ParamType):
+<<<<<<< HEAD
+def _unescaped(text: str) -> str:
+=======
+class _Escaped(click.ParamType):  # type: ignore[type-arg]  # older ones take no argument
+>>>>>>> 1f18c8a (docs: the Python API by example; benchmark of Python's share)
     """Text in which \\n is a line's end, so that a shell needs no tricks."""
-
-    name = "TEXT"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return re.sub(r"\\[nrt\\]", lambda match: _ESCAPES[match[0]], str(value))
+    return re.sub(r"\\[nrt\\]", lambda match: _ESCAPES[match[0]], text)
 
 
 @click.command()
@@ -56,7 +56,8 @@ class _Escaped(click.ParamType):
 )
 @click.option(
     "--stop",
-    type=_Escaped(),
+    type=_unescaped,
+    metavar="TEXT",
     multiple=True,
     help=r"Stop before this text, in which \n is a new line. May be repeated.",
 )

@@ -6,6 +6,7 @@ the dimensions (contiguous one first), the key, the data. Shapes here are in the
 numpy, (rows, columns) or (n,). Which tensors a model has is not looked at here.
 """
 
+import io
 import os
 import re
 import stat
@@ -13,7 +14,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,7 +27,7 @@ Buffer = bytes | memoryview
 MAGIC = 0x67676D66
 VERSIONS = (100, 101)
 FP32, FP16 = 0, 1
-DTYPES = {FP32: np.dtype("<f4"), FP16: np.dtype("<f2")}
+DTYPES: dict[int, np.dtype[Any]] = {FP32: np.dtype("<f4"), FP16: np.dtype("<f2")}
 
 _HEADER = struct.Struct("<6i")
 _RECORD = struct.Struct("<3i")
@@ -151,7 +152,7 @@ class Writer:
         )
         return self
 
-    def __exit__(self, *exception: object) -> bool | None:
+    def __exit__(self, *exception: Any) -> bool | None:
         return self._replacing.__exit__(*exception)
 
     def write(self, key: str, data_type: int, array: np.ndarray) -> None:
@@ -179,7 +180,7 @@ class Writer:
             self._file.write(piece)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a file for reading; a folder, a pipe or a device raises RWKVFileError at once."""
     # Without O_NONBLOCK the mere opening of a pipe would wait for a writer.
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)

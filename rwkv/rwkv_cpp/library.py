@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 from .errors import RWKVFileError, RWKVLibraryNotFound
 
 T = TypeVar("T")
-FilePath = str | bytes | os.PathLike
+FilePath = str | bytes | os.PathLike[Any]
 Progress = Callable[[int, int], object]
 """Called as (bytes done, bytes in all), possibly from another thread; an exception cancels."""
 

@@ -369,7 +369,9 @@ class _Arrays:
         self._state_out, self._logits_out = state_out, logits_out
         self._state_in = _source("state_in", state_in, (n_state,))
         self._state = _target("state_out", state_out, (n_state,))
-        self._logits = logits_shape and _target("logits_out", logits_out, logits_shape)
+        self._logits = None
+        if logits_shape is not None:
+            self._logits = _target("logits_out", logits_out, logits_shape)
 
     def addresses(self) -> tuple[int | None, int | None, int | None]:
         """Of state_in, state_out and logits_out, while this object lives."""

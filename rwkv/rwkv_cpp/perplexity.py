@@ -84,7 +84,7 @@ def measure(
         n_logits = len(chunk) - unscored
         (result,) = model.eval_batch([RWKVSequence(chunk, state, n_logits=n_logits)])
         state = result.state
-        if n_logits:
+        if result.logits is not None:
             # One row at a time stays in the cache. The last logits of all have no token to predict.
             pairs = zip(result.logits, following[unscored:], strict=False)
             losses = [cross_entropy(row, token) for row, token in pairs]

@@ -155,7 +155,7 @@ def _expect(value: Any, kind: type, opcode: str) -> Any:
     return value
 
 
-def _set_items(target: dict, items: list[Any]) -> None:
+def _set_items(target: dict[Any, Any], items: list[Any]) -> None:
     if len(items) % 2:
         raise IndexError
     for key, value in zip(items[::2], items[1::2], strict=True):

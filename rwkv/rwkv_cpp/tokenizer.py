@@ -125,7 +125,7 @@ class WorldTokenizer(Tokenizer):
         start, end = 0, len(data)
         while start < end:
             # Most walks get past two bytes, and those that do not are settled by one.
-            match = longest(data[start : start + 2]) or longest(data[start : start + 1])
+            match = longest(data[start : start + 2]) or self._longest[data[start : start + 1]]
             stop = start + 3
             while stop <= end and (longer := longest(data[start:stop])):
                 match = longer
@@ -168,8 +168,8 @@ class BPETokenizer(Tokenizer):
                 table[index] = bytes(byte_of[character] for character in token)
             except KeyError:  # added tokens are written as they are, runs of spaces here
                 table[index] = token.encode()
-        for index, token in self._bpe.get_added_tokens_decoder().items():
-            if token.special:
+        for index, added in self._bpe.get_added_tokens_decoder().items():
+            if added.special:
                 table[index] = b""
         super().__init__(n_vocab, table)
 
@@ -367,7 +367,7 @@ def _download(name: str, repository: str, kind: str) -> bytes:
     # One request of our own through the client's session: its hf_hub_download() would try for half
     # a minute, and log each try, where there is no network.
     url = huggingface_hub.hf_hub_url(repository, name, repo_type=kind)
-    response = huggingface_hub.utils.get_session().get(url, timeout=DOWNLOAD_TIMEOUT_SECONDS)
+    response = huggingface_hub.get_session().get(url, timeout=DOWNLOAD_TIMEOUT_SECONDS)
     response.raise_for_status()
     return response.content
 

@@ -3,6 +3,7 @@
 import importlib.util
 import signal
 from pathlib import Path
+from typing import Any
 
 import click
 from tqdm import tqdm
@@ -43,11 +44,12 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.pass_context
 def command(
     context: click.Context,
+    /,
     text: Path,
     target: Path,
     threads: int | None,
     resume: bool,
-    **options: int | float | str,
+    **options: Any,
 ) -> None:
     """Train a small RWKV-4 on a text file, from scratch.
 

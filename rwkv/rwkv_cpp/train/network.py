@@ -100,7 +100,7 @@ class TimeMix(nn.Module):
         self.value = matrix(n_embed, n_embed)
         self.output = matrix(n_embed, n_embed, 0)
 
-    def forward(self, x: Tensor, before: Tensor, key: Tensor, value: Tensor):
+    def forward(self, x: Tensor, before: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         last = shifted(x, before)
         k = self.key(torch.lerp(last, x, self.time_mix_k)).to(x.dtype)
         v = self.value(torch.lerp(last, x, self.time_mix_v)).to(x.dtype)
