@@ -207,7 +207,7 @@ GGML_INLINE void ggml_codes_times(bool wide, ggml_add_codes * add, const struct 
 
 /* ---- A level's entries ---------------------------------------------------------------------- */
 
-/* Of a level that has add_columns and add_codes. */
+/* Of a level that has add_columns. */
 #define GGML_COLUMNS_INSTANCES                                                                     \
     static void sparse_FP32(const struct ggml_matrix * w, const struct ggml_input * in, float * y, \
                             size_t first, size_t last) {                                           \
@@ -216,7 +216,12 @@ GGML_INLINE void ggml_codes_times(bool wide, ggml_add_codes * add, const struct 
     static void sparse_FP16(const struct ggml_matrix * w, const struct ggml_input * in, float * y, \
                             size_t first, size_t last) {                                           \
         ggml_columns_times(false, add_columns, w, in->x, y, first, last);                          \
-    }                                                                                              \
+    }
+
+#define GGML_COLUMNS_ENTRIES [GGML_TYPE_FP32] = sparse_FP32, [GGML_TYPE_FP16] = sparse_FP16
+
+/* Of a level that has add_codes. */
+#define GGML_CODES_INSTANCES                                                                       \
     static void sparse_Q8_0(const struct ggml_matrix * w, const struct ggml_input * in, float * y, \
                             size_t first, size_t last) {                                           \
         ggml_codes_times(false, add_codes, w, in, y, first, last);                                 \
@@ -226,8 +231,6 @@ GGML_INLINE void ggml_codes_times(bool wide, ggml_add_codes * add, const struct 
         ggml_codes_times(true, add_codes, w, in, y, first, last);                                  \
     }
 
-#define GGML_COLUMNS_ENTRIES                                                                       \
-    [GGML_TYPE_FP32] = sparse_FP32, [GGML_TYPE_FP16] = sparse_FP16,                                \
-    [GGML_TYPE_Q8_0] = sparse_Q8_0, [GGML_TYPE_Q8_0_V100] = sparse_Q8_0_V100
+#define GGML_CODES_ENTRIES [GGML_TYPE_Q8_0] = sparse_Q8_0, [GGML_TYPE_Q8_0_V100] = sparse_Q8_0_V100
 
 #endif

@@ -13,7 +13,7 @@ static const struct ggml_kernels * const levels[] = {
     &ggml_kernels_sse2,
 #endif
 #ifdef GGML_ISA_avx2
-    &ggml_kernels_avx2,
+    &ggml_kernels_avx2,       &ggml_kernels_stripes_avx2, /* the same level, in two files */
 #endif
 #ifdef GGML_ISA_avx512
     &ggml_kernels_avx512,

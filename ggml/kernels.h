@@ -14,6 +14,7 @@
 extern const struct ggml_kernels ggml_kernels_scalar;
 extern const struct ggml_kernels ggml_kernels_sse2;
 extern const struct ggml_kernels ggml_kernels_avx2;
+extern const struct ggml_kernels ggml_kernels_stripes_avx2;
 extern const struct ggml_kernels ggml_kernels_avx512;
 extern const struct ggml_kernels ggml_kernels_avx512bf16;
 extern const struct ggml_kernels ggml_kernels_amx;

@@ -163,6 +163,57 @@ GGML_INLINE void matmul_stripes(enum ggml_type type, enum ggml_activations activ
 
 GGML_QUANTIZED(INSTANCE)
 
+/* Bytes of four registers side by side: a register's lane has four of one row. */
+GGML_INLINE void interleave(const __m512i from[4], __m512i to[4]) {
+    const __m512i low[2] = {_mm512_unpacklo_epi8(from[0], from[1]),
+                            _mm512_unpacklo_epi8(from[2], from[3])};
+    const __m512i high[2] = {_mm512_unpackhi_epi8(from[0], from[1]),
+                             _mm512_unpackhi_epi8(from[2], from[3])};
+    to[0] = _mm512_unpacklo_epi16(low[0], low[1]);
+    to[1] = _mm512_unpackhi_epi16(low[0], low[1]);
+    to[2] = _mm512_unpacklo_epi16(high[0], high[1]);
+    to[3] = _mm512_unpackhi_epi16(high[0], high[1]);
+}
+
+GGML_INLINE void add_codes(bool wide, const struct ggml_nonzero_block * block,
+                           const struct ggml_nonzero_block * next, const uint8_t * scales,
+                           const uint8_t * ahead, size_t rows, float * sums) {
+    const __m512 d = _mm512_set1_ps(block->act.d);
+    const size_t width = wide ? 4 : 2;
+    for (size_t r = 0; r < rows; r += 64) {
+        for (size_t i = 0; i < next->n; i++)
+            _mm_prefetch((const char *)next->column[i] + r, _MM_HINT_T0);
+        for (size_t line = 0; line < 64 * width; line += 64)
+            _mm_prefetch((const char *)ahead + r * width + line, _MM_HINT_T0);
+        __m512i hi[4], lo[4];
+        for (int q = 0; q < 4; q++) {
+            hi[q] = _mm512_setzero_si512();
+            lo[q] = _mm512_set1_epi32(-128 * block->act.sum);
+        }
+        for (size_t i = 0; i < block->n; i += 4) {
+            const __m512i a_hi = broadcast_four(block->act.hi + i);
+            const __m512i a_lo = broadcast_four(block->act.lo + i);
+            __m512i columns[4], codes[4];
+            for (int j = 0; j < 4; j++)
+                columns[j] = _mm512_loadu_si512(block->column[i + (size_t)j] + r);
+            interleave(columns, codes);
+            for (int q = 0; q < 4; q++) {
+                hi[q] = _mm512_dpbusd_epi32(hi[q], codes[q], a_hi);
+                lo[q] = _mm512_dpbusd_epi32(lo[q], codes[q], a_lo);
+            }
+        }
+        for (size_t q = 0; q < 4; q++) {
+            const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(hi[q], 7), lo[q]);
+            const __m512 t = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), d);
+            float * to = sums + r + 16 * q;
+            const __m512 scale = load_scales(scales + (r + 16 * q) * width, wide);
+            _mm512_store_ps(to, _mm512_fmadd_ps(scale, t, _mm512_load_ps(to)));
+        }
+    }
+}
+
+GGML_CODES_INSTANCES
+
 /* ---- FP32 and FP16 matrices ----------------------------------------------------------------- */
 
 /* The first n lanes of 16, all if n is more. */
@@ -396,55 +447,6 @@ GGML_INLINE void add_columns(bool wide, int n, const uint8_t * const * columns,
     }
 }
 
-/* Bytes of four registers side by side: a register's lane has four of one row. */
-GGML_INLINE void interleave(const __m512i from[4], __m512i to[4]) {
-    const __m512i low[2] = {_mm512_unpacklo_epi8(from[0], from[1]),
-                            _mm512_unpacklo_epi8(from[2], from[3])};
-    const __m512i high[2] = {_mm512_unpackhi_epi8(from[0], from[1]),
-                             _mm512_unpackhi_epi8(from[2], from[3])};
-    to[0] = _mm512_unpacklo_epi16(low[0], low[1]);
-    to[1] = _mm512_unpackhi_epi16(low[0], low[1]);
-    to[2] = _mm512_unpacklo_epi16(high[0], high[1]);
-    to[3] = _mm512_unpackhi_epi16(high[0], high[1]);
-}
-
-GGML_INLINE void add_codes(bool wide, const struct ggml_nonzero_block * block,
-                           const struct ggml_nonzero_block * next, const uint8_t * scales,
-                           const uint8_t * ahead, size_t rows, float * sums) {
-    const __m512 d = _mm512_set1_ps(block->act.d);
-    const size_t width = wide ? 4 : 2;
-    for (size_t r = 0; r < rows; r += 64) {
-        for (size_t i = 0; i < next->n; i++)
-            _mm_prefetch((const char *)next->column[i] + r, _MM_HINT_T0);
-        for (size_t line = 0; line < 64 * width; line += 64)
-            _mm_prefetch((const char *)ahead + r * width + line, _MM_HINT_T0);
-        __m512i hi[4], lo[4];
-        for (int q = 0; q < 4; q++) {
-            hi[q] = _mm512_setzero_si512();
-            lo[q] = _mm512_set1_epi32(-128 * block->act.sum);
-        }
-        for (size_t i = 0; i < block->n; i += 4) {
-            const __m512i a_hi = broadcast_four(block->act.hi + i);
-            const __m512i a_lo = broadcast_four(block->act.lo + i);
-            __m512i columns[4], codes[4];
-            for (int j = 0; j < 4; j++)
-                columns[j] = _mm512_loadu_si512(block->column[i + (size_t)j] + r);
-            interleave(columns, codes);
-            for (int q = 0; q < 4; q++) {
-                hi[q] = _mm512_dpbusd_epi32(hi[q], codes[q], a_hi);
-                lo[q] = _mm512_dpbusd_epi32(lo[q], codes[q], a_lo);
-            }
-        }
-        for (size_t q = 0; q < 4; q++) {
-            const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(hi[q], 7), lo[q]);
-            const __m512 t = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), d);
-            float * to = sums + r + 16 * q;
-            const __m512 scale = load_scales(scales + (r + 16 * q) * width, wide);
-            _mm512_store_ps(to, _mm512_fmadd_ps(scale, t, _mm512_load_ps(to)));
-        }
-    }
-}
-
 GGML_COLUMNS_INSTANCES
 
 /* ---- Vectors -------------------------------------------------------------------------------- */
@@ -667,7 +669,7 @@ const struct ggml_kernels ggml_kernels_avx512 = {
             [GGML_TYPE_FP16] = matmul_FP16,
             GGML_QUANTIZED_ENTRIES,
         },
-    .sparse = {GGML_COLUMNS_ENTRIES},
+    .sparse = {GGML_COLUMNS_ENTRIES, GGML_CODES_ENTRIES},
     .layer_norm = layer_norm,
     .lerp = lerp,
     .exp = exp_vector,

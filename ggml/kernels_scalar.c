@@ -204,6 +204,16 @@ GGML_INLINE void add_columns(bool wide, int n, const uint8_t * const * columns,
     }
 }
 
+GGML_COLUMNS_INSTANCES
+
+#define INSTANCE(TYPE)                                                                             \
+    static void matmul_##TYPE(const struct ggml_matrix * w, const struct ggml_input * in,          \
+                              float * y, size_t ldy, size_t first, size_t last) {                  \
+        matmul_stripes(GGML_TYPE_##TYPE, w, in, y, ldy, first, last);                              \
+    }
+
+GGML_QUANTIZED(INSTANCE)
+
 GGML_INLINE void add_codes(bool wide, const struct ggml_nonzero_block * block,
                            const struct ggml_nonzero_block * next, const uint8_t * scales,
                            const uint8_t * ahead, size_t rows, float * sums) {
@@ -224,15 +234,7 @@ GGML_INLINE void add_codes(bool wide, const struct ggml_nonzero_block * block,
     }
 }
 
-GGML_COLUMNS_INSTANCES
-
-#define INSTANCE(TYPE)                                                                             \
-    static void matmul_##TYPE(const struct ggml_matrix * w, const struct ggml_input * in,          \
-                              float * y, size_t ldy, size_t first, size_t last) {                  \
-        matmul_stripes(GGML_TYPE_##TYPE, w, in, y, ldy, first, last);                              \
-    }
-
-GGML_QUANTIZED(INSTANCE)
+GGML_CODES_INSTANCES
 
 /* ---- Vectors -------------------------------------------------------------------------------- */
 
@@ -424,7 +426,7 @@ const struct ggml_kernels ggml_kernels_scalar = {
             [GGML_TYPE_BF16] = matmul_BF16,
             GGML_QUANTIZED_ENTRIES,
         },
-    .sparse = {GGML_COLUMNS_ENTRIES},
+    .sparse = {GGML_COLUMNS_ENTRIES, GGML_CODES_ENTRIES},
     .layer_norm = layer_norm,
     .lerp = lerp,
     .exp = exp_vector,

@@ -263,6 +263,61 @@ GGML_INLINE void matmul_stripes(enum ggml_type type, const struct ggml_matrix * 
 
 GGML_QUANTIZED(INSTANCE)
 
+/* Bytes of four registers side by side: a register's lane has four of one row. */
+GGML_INLINE void interleave(const __m128i from[4], __m128i to[4]) {
+    const __m128i low[2] = {_mm_unpacklo_epi8(from[0], from[1]),
+                            _mm_unpacklo_epi8(from[2], from[3])};
+    const __m128i high[2] = {_mm_unpackhi_epi8(from[0], from[1]),
+                             _mm_unpackhi_epi8(from[2], from[3])};
+    to[0] = _mm_unpacklo_epi16(low[0], low[1]);
+    to[1] = _mm_unpackhi_epi16(low[0], low[1]);
+    to[2] = _mm_unpacklo_epi16(high[0], high[1]);
+    to[3] = _mm_unpackhi_epi16(high[0], high[1]);
+}
+
+/* Codes are multiplied as 16-bit numbers, those of even and of odd columns. */
+GGML_INLINE void add_codes(bool wide, const struct ggml_nonzero_block * block,
+                           const struct ggml_nonzero_block * next, const uint8_t * scales,
+                           const uint8_t * ahead, size_t rows, float * sums) {
+    const __m128 d = _mm_set1_ps(block->act.d);
+    const size_t width = wide ? 4 : 2;
+    for (size_t r = 0; r < rows; r += 64) {
+        for (size_t i = 0; i < next->n; i++)
+            _mm_prefetch((const char *)next->column[i] + r, _MM_HINT_T0);
+        for (size_t line = 0; line < 64 * width; line += 64)
+            _mm_prefetch((const char *)ahead + r * width + line, _MM_HINT_T0);
+        __m128 t[4][GROUPS];
+        for (size_t group = 0; group < GROUPS; group++) { /* rows 16q + 4 * group .. + 3 */
+            __m128i sum[4];
+            for (int q = 0; q < 4; q++) sum[q] = _mm_set1_epi32(-128 * block->act.sum);
+            for (size_t i = 0; i < block->n; i += 4) {
+                const __m128i even = broadcast(block->act.a + i);
+                const __m128i odd = broadcast(block->act.a + i + 2);
+                __m128i columns[4], codes[4];
+                for (size_t j = 0; j < 4; j++)
+                    columns[j] = load_bytes(block->column[i + j] + r + 16 * group);
+                interleave(columns, codes);
+                for (int q = 0; q < 4; q++) {
+                    const __m128i low = _mm_and_si128(codes[q], _mm_set1_epi16(255));
+                    const __m128i high = _mm_srli_epi16(codes[q], 8);
+                    sum[q] = _mm_add_epi32(sum[q], _mm_madd_epi16(low, even));
+                    sum[q] = _mm_add_epi32(sum[q], _mm_madd_epi16(high, odd));
+                }
+            }
+            for (int q = 0; q < 4; q++) t[q][group] = _mm_mul_ps(_mm_cvtepi32_ps(sum[q]), d);
+        }
+        for (size_t q = 0; q < 4; q++) {
+            __m128 acc[GROUPS], scale[GROUPS];
+            load_scales((const uint8_t *)(sums + r + 16 * q), true, acc);
+            load_scales(scales + (r + 16 * q) * width, wide, scale);
+            fma16(scale, t[q], acc);
+            memcpy(sums + r + 16 * q, acc, sizeof acc);
+        }
+    }
+}
+
+GGML_CODES_INSTANCES
+
 /* ---- FP32 and FP16 matrices ----------------------------------------------------------------- */
 
 /* The tree at the end of a sum over 16 lanes. */
@@ -326,59 +381,6 @@ GGML_INLINE void add_columns(bool wide, int n, const uint8_t * const * columns,
             fma16(weights, xs, acc);
         }
         memcpy(sums + r, acc, sizeof acc);
-    }
-}
-
-/* Bytes of four registers side by side: a register's lane has four of one row. */
-GGML_INLINE void interleave(const __m128i from[4], __m128i to[4]) {
-    const __m128i low[2] = {_mm_unpacklo_epi8(from[0], from[1]),
-                            _mm_unpacklo_epi8(from[2], from[3])};
-    const __m128i high[2] = {_mm_unpackhi_epi8(from[0], from[1]),
-                             _mm_unpackhi_epi8(from[2], from[3])};
-    to[0] = _mm_unpacklo_epi16(low[0], low[1]);
-    to[1] = _mm_unpackhi_epi16(low[0], low[1]);
-    to[2] = _mm_unpacklo_epi16(high[0], high[1]);
-    to[3] = _mm_unpackhi_epi16(high[0], high[1]);
-}
-
-/* Codes are multiplied as 16-bit numbers, those of even and of odd columns. */
-GGML_INLINE void add_codes(bool wide, const struct ggml_nonzero_block * block,
-                           const struct ggml_nonzero_block * next, const uint8_t * scales,
-                           const uint8_t * ahead, size_t rows, float * sums) {
-    const __m128 d = _mm_set1_ps(block->act.d);
-    const size_t width = wide ? 4 : 2;
-    for (size_t r = 0; r < rows; r += 64) {
-        for (size_t i = 0; i < next->n; i++)
-            _mm_prefetch((const char *)next->column[i] + r, _MM_HINT_T0);
-        for (size_t line = 0; line < 64 * width; line += 64)
-            _mm_prefetch((const char *)ahead + r * width + line, _MM_HINT_T0);
-        __m128 t[4][GROUPS];
-        for (size_t group = 0; group < GROUPS; group++) { /* rows 16q + 4 * group .. + 3 */
-            __m128i sum[4];
-            for (int q = 0; q < 4; q++) sum[q] = _mm_set1_epi32(-128 * block->act.sum);
-            for (size_t i = 0; i < block->n; i += 4) {
-                const __m128i even = broadcast(block->act.a + i);
-                const __m128i odd = broadcast(block->act.a + i + 2);
-                __m128i columns[4], codes[4];
-                for (size_t j = 0; j < 4; j++)
-                    columns[j] = load_bytes(block->column[i + j] + r + 16 * group);
-                interleave(columns, codes);
-                for (int q = 0; q < 4; q++) {
-                    const __m128i low = _mm_and_si128(codes[q], _mm_set1_epi16(255));
-                    const __m128i high = _mm_srli_epi16(codes[q], 8);
-                    sum[q] = _mm_add_epi32(sum[q], _mm_madd_epi16(low, even));
-                    sum[q] = _mm_add_epi32(sum[q], _mm_madd_epi16(high, odd));
-                }
-            }
-            for (int q = 0; q < 4; q++) t[q][group] = _mm_mul_ps(_mm_cvtepi32_ps(sum[q]), d);
-        }
-        for (size_t q = 0; q < 4; q++) {
-            __m128 acc[GROUPS], scale[GROUPS];
-            load_scales((const uint8_t *)(sums + r + 16 * q), true, acc);
-            load_scales(scales + (r + 16 * q) * width, wide, scale);
-            fma16(scale, t[q], acc);
-            memcpy(sums + r + 16 * q, acc, sizeof acc);
-        }
     }
 }
 
@@ -594,7 +596,7 @@ const struct ggml_kernels ggml_kernels_sse2 = {
             [GGML_TYPE_FP16] = matmul_FP16,
             GGML_QUANTIZED_ENTRIES,
         },
-    .sparse = {GGML_COLUMNS_ENTRIES},
+    .sparse = {GGML_COLUMNS_ENTRIES, GGML_CODES_ENTRIES},
     .layer_norm = layer_norm,
     .exp = exp_vector,
     .relu2 = relu2,
