@@ -25,11 +25,7 @@ from .tokenizer import first_token
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
 
-<<<<<<< HEAD
 def _unescaped(text: str) -> str:
-=======
-class _Escaped(click.ParamType):  # type: ignore[type-arg]  # older ones take no argument
->>>>>>> 1f18c8a (docs: the Python API by example; benchmark of Python's share)
     """Text in which \\n is a line's end, so that a shell needs no tricks."""
     return re.sub(r"\\[nrt\\]", lambda match: _ESCAPES[match[0]], text)
 
