@@ -578,7 +578,8 @@ def _read_safetensors(
             )
         end += storage.nbytes
     if end != size:
-        raise ValueError(f"the tensors end at offset {end}, the file at {size}")
+        cut = " (truncated download?)" if size < end else ""
+        raise ValueError(f"the tensors end at offset {end}, the file at {size}{cut}")
     return metadata, tensors, storages
 
 
