@@ -183,11 +183,13 @@ uint64_t private_size(const Tensor & tensor, ggml_type type, bool mmap) {
 uint64_t columns_size(const Index & index, const Tensor & tensor,
                       const rwkv_load_options & options) {
     if (!options.sparse_ffn || !meets_zeros(tensor)) return 0;
-    const uint64_t size = ggml_columns_size(tensor.type, tensor.rows, tensor.cols);
+    const ggml_type type = memory_type(index, tensor, options);
+    const uint64_t size = ggml_columns_size(type, tensor.rows, tensor.cols);
     if (size > 0) return size;
     fail(RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED,
-         "%s: tensor '%s' is %s, sparse_ffn is for FP32, FP16 and Q8_0 (leave it out)",
-         index.path.c_str(), tensor.name.c_str(), type_name(tensor.type));
+         "%s: tensor '%s' is %s%s, sparse_ffn is for FP32, FP16 and Q8_0 (leave it out)",
+         index.path.c_str(), tensor.name.c_str(), type == GGML_TYPE_BF16 ? "multiplied as " : "",
+         type_name(type));
 }
 
 struct Sizes {
@@ -602,11 +604,7 @@ ggml_activations activations_of(const Model & model, const char * name) {
 rwkv_load_options checked_options(const rwkv_load_options * given) {
     const auto options = known_options(given, rwkv_default_load_options(), "rwkv_load_options");
     checked_threads(options.n_threads);
-    if (find_activations(options.activations).bf16 && options.sparse_ffn) {
-        fail(RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED,
-             "sparse_ffn is for FP32 and FP16 as they are, not for activations bf16 "
-             "(leave one of them out)");
-    }
+    find_activations(options.activations);
     return options;
 }
 

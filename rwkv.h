@@ -121,7 +121,7 @@ struct rwkv_load_options {
                                  reads prompts faster and is less exact. "bf16": as A16, and FP32
                                  and FP16 matrices and what they are multiplied with are rounded to
                                  bfloat16, for the same reason: a copy in private memory, which
-                                 takes 2 bytes a weight; not with sparse_ffn */
+                                 takes 2 bytes a weight and no sparse_ffn */
     rwkv_progress progress;   /* bytes of the file; may be NULL */
     void * progress_user;
 };

@@ -312,7 +312,7 @@ static void test_options(void) {
     rwkv_free(ctx);
     options.sparse_ffn = true;
     refused(rwkv_load(model_path, &options), RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED,
-            "not for activations bf16", "sparse_ffn and bf16");
+            "is multiplied as BF16", "sparse_ffn and bf16");
 }
 
 static void test_thread_counts(void) { /* */

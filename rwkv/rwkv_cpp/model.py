@@ -83,7 +83,7 @@ class RWKVModel:
     head: the format that an FP16 or FP32 head is quantized to, such as "Q8_0"; None: as it is.
     activations: what quantized matrices are multiplied with: "A16" (None), 15 bits, or "int8", 8
     bits, which is faster in prompts and less exact; "bf16": FP32 and FP16 matrices are multiplied
-    as bfloat16, for the same reason, from a copy in private memory (not with sparse_ffn).
+    as bfloat16, for the same reason, from a copy in private memory (without sparse_ffn).
     progress: called as (bytes done, bytes in all), possibly from another thread; an exception that
     it raises cancels the loading and comes out here.
 
