@@ -107,6 +107,8 @@ def test_states(path, tmp_path):
     assert first[:-1] + second.stdout == whole
     assert len(State.load(saved).tokens) == 25
     assert rwkv(*base, "--load-state", path).stderr.startswith(f"error: {path}: expected a state")
+    done = rwkv(*base, "--save-state", tmp_path / "missing" / "a.state")
+    assert (done.returncode, done.stdout, "there is no folder" in done.stderr) == (2, "", True)
     done = rwkv(*base, "--count", 2, "--save-state", saved)
     assert (done.returncode, "--save-state goes with one answer" in done.stderr) == (2, True)
 

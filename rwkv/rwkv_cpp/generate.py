@@ -140,6 +140,8 @@ def command(
     text = _prompt(prompt, prompt_option, file)
     if count > 1 and save_state is not None:
         raise click.UsageError("--save-state goes with one answer, --count 1")
+    if save_state is not None and not save_state.absolute().parent.is_dir():
+        raise click.UsageError(f"--save-state: there is no folder '{save_state.parent}'")
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs goes with --json")
     state = None if load_state is None else State.load(load_state)

@@ -11,7 +11,8 @@ Progress = Callable[[str, int, int], object]
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar on stderr for one kind of work after the other; nothing where that is no terminal."""
+    """A bar on stderr for one kind of work after the other; nothing where that is no terminal, nor
+    for what is done at once."""
     from tqdm import tqdm
 
     with contextlib.ExitStack() as stack:
@@ -23,7 +24,13 @@ def progress_bar() -> Iterator[Progress]:
             if what != current:
                 stack.close()
                 bar = tqdm(
-                    desc=what, total=total, unit="", unit_scale=True, disable=None, leave=False
+                    desc=what,
+                    total=total,
+                    unit="",
+                    unit_scale=True,
+                    disable=None,
+                    leave=False,
+                    delay=0.3,
                 )
                 current = what
                 stack.enter_context(bar)

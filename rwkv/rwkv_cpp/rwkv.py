@@ -20,13 +20,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from .beam import BeamSearch
 from .fingerprint import Fingerprint
 from .generation import (
     RULES,
     AsyncStream,
+    Completion,
     Generation,
     Prompt,
     Rules,
@@ -206,6 +207,15 @@ class RWKV:
 
     # ---- Writing ---------------------------------------------------------------------------------
 
+    @overload
+    def generate(
+        self, prompt: Text = ..., *, n: Literal[1] = ..., **options: Any
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: Text | list[str] | list[list[int]] = ..., **options: Any
+    ) -> list[Completion]: ...
+
     def generate(
         self,
         prompt: Text | Sequence[Text] = "",
@@ -222,7 +232,7 @@ class RWKV:
         cancel: Callable[[], object] | None = None,
         progress: Progress | None = None,
         **fields: Any,
-    ) -> Any:
+    ) -> Completion | list[Completion]:
         """Go on with a prompt, or with each of a list of prompts at once.
 
         - prompt: text or tokens; a list of them is evaluated as one batch, and each gets the answer
