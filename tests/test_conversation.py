@@ -1,13 +1,18 @@
 """conversation.py: turns, and the states between them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from models import random_model, write_model
 from rwkv_cpp import RWKVModel, conversation, styles
 from rwkv_cpp.conversation import Conversation
 from rwkv_cpp.model import embedded_model
 from rwkv_cpp.prefix_cache import PrefixCache
 from rwkv_cpp.rwkv import RWKV
 from rwkv_cpp.sampling import Sampling
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +158,33 @@ def test_copies_go_their_own_ways(talk):
     assert fresh.turns == []
     assert fresh.state == talk.start
     assert len(talk.turns) == 2
+
+
+@pytest.mark.parametrize("n_vocab", [50277, 65536])
+def test_turns_have_the_tokens_of_the_whole_text(tmp_path, monkeypatch, n_vocab):
+    """Also where an answer's end and a newline are one token, as 。 and a newline in World."""
+    monkeypatch.setattr(conversation, "KEPT_STATES", 1)
+    vocabulary = DATA / {50277: "20B_tokenizer.json", 65536: "rwkv_vocab_v20230424.txt"}[n_vocab]
+    if not vocabulary.is_file():
+        pytest.skip(f"{vocabulary} is absent")
+    write_model(tmp_path / "model.bin", random_model(1, n_vocab, n_embed=32, n_layer=1))
+    with RWKV(tmp_path / "model.bin", vocabulary=vocabulary, n_threads=1) as model:
+        talk = Conversation(model, styles.find("world"), max_tokens=20)
+        encode = model.tokenizer.encode
+        text = talk.style.start
+        ends = []
+        for answer in (" 你好。", " Fine.", " 是…", " No,"):
+            forced = encode(answer + "\n\nUser:")
+            assert "".join(talk.say("如何？", forced_tokens=forced)) == answer
+            assert talk.turns[-1].finish_reason == "stop"
+            text += "\n\nUser: 如何？\n\nAssistant:" + answer
+            assert list(talk.state.tokens) == encode(text)
+            ends.append(talk.state)
+        talk.back(3)
+        assert talk.turns[0].answer == "你好。"
+        assert talk.state == ends[0]
+        "".join(talk.say("如何？", forced_tokens=encode(" Fine.\n\nUser:")))
+        assert talk.state == ends[1]
 
 
 # ---- Stopping ------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ class Conversation:
         if not text:
             raise ValueError("the message is empty")
         changed = replace(self.sampling, **sampling)
-        attempt = _Attempt(self._ask(text, self.state), changed, self.style.stop)
+        attempt = _Attempt(self._ask(text, self.turns), changed, self.style.stop)
         yield from self._answer(text, attempt, self.turns)
 
     def retry(self, **sampling: Any) -> Iterator[str]:
@@ -127,7 +127,7 @@ class Conversation:
         turn, earlier = self.turns[-1], self.turns[:-1]
         changed = replace(self.sampling, **sampling)
         if self._chat is None:  # the conversation was loaded, or went back
-            asked = self._ask(turn.user, self._after(earlier))
+            asked = self._ask(turn.user, earlier)
             self._chat = _Attempt(asked, changed, self.style.stop)
         yield from self._answer(turn.user, self._chat.again(changed), earlier)
 
@@ -194,9 +194,24 @@ class Conversation:
 
     # ---- Reading and writing ---------------------------------------------------------------------
 
-    def _ask(self, text: str, state: State | None) -> State:
-        newlines = "\n" if state is None else "\n\n"
-        return self._read(newlines + self.style.turn(text), state)
+    def _ask(self, text: str, turns: list[Turn]) -> State:
+        """The state where the answer to a message begins that follows the given first turns."""
+        state = self._after(turns)
+        if state is None:
+            return self._read("\n" + self.style.turn(text), None)
+        addition = "\n\n" + self.style.turn(text)
+        # World has tokens such as an ideographic full stop with a newline. Training saw them here.
+        tokenizer = self.model.tokenizer
+        last = tokenizer.token_bytes(state.tokens[-1]) or b""
+        joined = tokenizer.encode(last.decode(errors="replace") + addition)
+        if not last or tokenizer.token_bytes(joined[0]) != last + b"\n":
+            return self._read(addition, state)
+        if self._chat is not None and turns == self.turns:
+            known: State | None = self._chat.asked
+        else:
+            known = self._after(turns[:-1]) if turns else None
+        begin = len(known.tokens) if known else 0
+        return self._read([*state.tokens[begin:-1], *joined], known)
 
     def _answer(self, user: str, attempt: _Attempt, earlier: list[Turn]) -> Iterator[str]:
         """Write an answer; then the turns are the earlier ones and this one."""
@@ -271,5 +286,10 @@ class Conversation:
             kept = [turn for turn in turns if turn.state]
             known = kept[-1].state if kept else None
             begin = len(known.tokens) if known else 0
-            last.state = self._read(list(tokens[begin : last.end]), known)
+            unread = list(tokens[begin : last.end])
+            # What came next may have made its newline part of the last token, see _ask.
+            piece = self.model.tokenizer.token_bytes(unread[-1]) or b""
+            if piece.strip(b"\n") and piece.endswith(b"\n"):
+                unread[-1:] = self.model.tokenizer.encode_bytes(piece.rstrip(b"\n"))
+            last.state = self._read(unread, known)
         return last.state
