@@ -679,6 +679,8 @@ def test_freeing_while_other_threads_evaluate(bytes_path):
         (ValueError, "stop_tokens", {"stop_tokens": [256]}),
         (ValueError, "stop_tokens", {"stop_tokens": [-1]}),
         (TypeError, "stop_tokens", {"stop_tokens": [True]}),
+        (TypeError, "stop_tokens", {"stop_tokens": 5}),
+        (TypeError, "stop", {"stop": 5}),
         (ValueError, r"prompt\[1\]", {"prompt": [1, 256]}),
         (TypeError, r"prompt\[0\]", {"prompt": [1.5]}),
         (TypeError, "bytes", {"prompt": b"Hello"}),

@@ -6,7 +6,7 @@ import abc
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -86,6 +86,8 @@ class Rules:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"{name}: expected a function, found {value!r}")
+        if not isinstance(self.stop_tokens, Iterable):
+            raise TypeError(f"stop_tokens: expected tokens, found {self.stop_tokens!r}")
         object.__setattr__(self, "stop", stop_strings(self.stop))
         object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
 

@@ -20,9 +20,8 @@ from .progress import Progress
 from .sampling import log_softmax
 from .state import State
 
-CHUNK = (
-    64  # tokens in one call: larger ones are hardly faster, and end late when they are cancelled
-)
+# Tokens in one call: more are hardly faster, and end late when they are cancelled.
+CHUNK = 64
 
 Evaluate = Callable[[list[RWKVSequence]], list[RWKVResult]]
 
@@ -77,9 +76,10 @@ class Reading:
         if score:  # each token by the logits before it
             rows = [self._logits, *result.logits[:-1]]  # type: ignore[index]
             pairs = zip(rows, chunk, strict=True)
-            self.logprobs += [float(log_softmax(row)[token]) for row, token in pairs]
-            if not math.isfinite(sum(self.logprobs)):
+            logprobs = [float(log_softmax(row)[token]) for row, token in pairs]
+            if not math.isfinite(sum(logprobs)):
                 raise NonFiniteLogits("logits hold NaN or infinity: is the model damaged?")
+            self.logprobs += logprobs
         self._values = result.state
         self._logits = None if result.logits is None else result.logits[-1]
         self._done += len(chunk)  # type: ignore[arg-type]

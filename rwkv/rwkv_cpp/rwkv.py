@@ -236,8 +236,8 @@ class RWKV:
         """Go on with a prompt, or with each of a list of prompts at once.
 
         - prompt: text or tokens; a list of them is evaluated as one batch, and each gets the answer
-          that it would get alone. An empty one goes on from the state; without a state it stands
-          for `first_token`.
+          that it would get alone. An empty one, "" or [], goes on from the state; without a state
+          it stands for `first_token`.
         - state: what was read before the prompt; one for all prompts, or one for each.
         - sampling, fields: a Sampling, and fields of it that are to be others. A seed gives the
           same answer each time, wherever the text was interrupted.

@@ -11,6 +11,8 @@ MAX_STOP_CHARACTERS = 1000  # a longer text is no sign that an answer is over
 
 def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
     """One stop string or several, as a tuple. Raises ValueError for empty and for huge ones."""
+    if not isinstance(stop, Iterable):
+        raise TypeError(f"stop: expected a string or several, found {stop!r}")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for one in stops:
         if not isinstance(one, str):
