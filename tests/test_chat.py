@@ -73,8 +73,7 @@ def test_a_talk(start, store):
     screen = answered(terminal, "/back", 2)
     assert "took back 1 turn" in screen
     assert len(store.latest().turns) == 1
-    terminal.press("/branch other\r")
-    terminal.wait_for("now in 'other'")
+    assert "now in 'other'" in answered(terminal, "/branch other", 1)
     terminal.press("\x04")
     assert terminal.ended() == 0
     assert terminal.has_its_modes_back()
@@ -86,8 +85,7 @@ def test_a_talk(start, store):
 def test_resume(start, store):
     terminal = start("--seed", "1")
     answered(terminal, "Good morrow, my love!", 1)
-    terminal.press("/save talk\r")
-    terminal.wait_for("saved as 'talk'")
+    assert "saved as 'talk'" in answered(terminal, "/save talk", 1)
     answered(terminal, "What news?", 1)
     terminal.press("\x04")
     assert terminal.ended() == 0
