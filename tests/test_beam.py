@@ -11,6 +11,7 @@ from rwkv_cpp.tokenizer import WorldTokenizer
 
 N_VOCAB = 260
 FEW = (1 + ord("a"), 1 + ord("b"), 1 + ord("c"), 1 + ord("d"), 257)  # 257: "\n\n"
+BIAS = {0: 3.0}  # texts that end early are among the best, until longer ones come before them
 OTHERS = tuple(token for token in range(1, N_VOCAB) if token not in FEW)
 
 
@@ -37,6 +38,7 @@ def logprobs(path):
         def after(tokens):
             if tokens not in known:
                 logits = low.eval_sequence(tokens, None)[0].astype(float)
+                logits[0] += BIAS[0]
                 logits[list(OTHERS)] = -math.inf
                 known[tokens] = log_softmax(logits)
             return known[tokens]
@@ -62,7 +64,13 @@ def test_with_enough_beams_every_text_is_compared(model, logprobs, penalty):
     walk((), 0.0)
     best = sorted(scores, key=scores.get, reverse=True)[:7]
     answers = model.generate(
-        "ab", num_beams=5**4, n=7, max_tokens=4, length_penalty=penalty, banned_tokens=OTHERS
+        "ab",
+        num_beams=5**4,
+        n=7,
+        max_tokens=4,
+        length_penalty=penalty,
+        banned_tokens=OTHERS,
+        logit_bias=BIAS,
     )
     assert [(tuple(one.tokens), one.finish_reason) for one in answers] == best
 
@@ -92,17 +100,19 @@ def beams_by_hand(logprobs, prompt, num_beams, n, max_tokens, penalty, stop=None
 
 
 @pytest.mark.parametrize("num_beams", [2, 3, 8])
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 3.0])
-def test_few_beams_follow_the_rule(model, logprobs, num_beams, penalty):
-    prompt = tuple(model.tokenizer.encode("cab"))
-    expected = beams_by_hand(logprobs, prompt, num_beams, 2, 8, penalty)
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 3.0])
+@pytest.mark.parametrize(("text", "n"), [("cab", 2), ("abb", 1), ("dda", 1)])
+def test_few_beams_follow_the_rule(model, logprobs, num_beams, penalty, text, n):
+    prompt = tuple(model.tokenizer.encode(text))
+    expected = beams_by_hand(logprobs, prompt, num_beams, n, 8, penalty)
     answers = model.generate(
-        "cab",
+        [text],
         num_beams=num_beams,
-        n=2,
+        n=n,
         max_tokens=8,
         length_penalty=penalty,
         banned_tokens=OTHERS,
+        logit_bias=BIAS,
         logprobs=1,
     )
     assert [(tuple(one.tokens), one.finish_reason) for one in answers] == [
@@ -114,7 +124,7 @@ def test_few_beams_follow_the_rule(model, logprobs, num_beams, penalty):
         assert answer.state == fresh
         assert np.array_equal(answer.state.logits, fresh.logits)
         assert answer.state.n_generated == len(answer.tokens)
-        scored = model.score(answer.tokens, "cab")
+        scored = model.score(answer.tokens, text)  # logprobs are the model's own
         assert [told.logprob for told in answer.logprobs] == pytest.approx(scored.logprobs)
 
 

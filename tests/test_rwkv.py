@@ -566,6 +566,11 @@ def test_cached_and_uncached_answers_are_the_same(bytes_path):
         answer = cached.generate([*turn, 5], **options)
         assert answer.timings.cached_tokens == len(turn)
         assert same(answer.state, plain.generate([*turn, 5], **options).state)
+        # All of it is a prompt then: penalties count nothing of it.
+        options |= {"presence_penalty": 5.0}
+        answer = cached.generate(turn, **options)
+        assert answer.timings.cached_tokens == len(turn)
+        assert answer.tokens == plain.generate(turn, **options).tokens
         # From a state that the model made, but not from an imported one.
         state = plain.read(prompt)
         assert cached.generate("yz", state=state).timings.cached_tokens == 2
