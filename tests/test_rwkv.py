@@ -121,8 +121,11 @@ def test_without_a_seed_answers_differ(model):
 
 def test_tokens_may_be_given(model):
     expected = model.generate("Hello", seed=1, max_tokens=20).text
-    for prompt in (list(b"Hello"), tuple(b"Hello"), np.frombuffer(b"Hello", np.uint8)):
-        assert model.generate(prompt, seed=1, max_tokens=20).text == expected
+    for kind in (list, tuple, iter, lambda text: np.frombuffer(text, np.uint8)):
+        assert model.generate(kind(b"Hello"), seed=1, max_tokens=20).text == expected
+        assert "".join(model.stream(kind(b"Hello"), seed=1, max_tokens=20)) == expected
+    (answer,) = model.generate((text for text in ["Hello"]), seed=1, max_tokens=20)
+    assert answer.text == expected
 
 
 def test_max_tokens(model):
@@ -675,12 +678,17 @@ def test_freeing_while_other_threads_evaluate(bytes_path):
         (TypeError, "max_tokens", {"max_tokens": 1.5}),
         (ValueError, "n must", {"n": 0}),
         (ValueError, "logprobs", {"logprobs": -1}),
+        (ValueError, "logprobs", {"logprobs": 257}),
+        (TypeError, "sampling", {"sampling": {"seed": 1}}),
         (ValueError, "time_limit", {"time_limit": -1}),
         (ValueError, "time_limit", {"time_limit": float("nan")}),
+        (ValueError, "time_limit", {"time_limit": "1"}),
         (TypeError, "cancel", {"cancel": 5}),
         (TypeError, "progress", {"progress": "bar"}),
         (ValueError, "stop", {"stop": [""]}),
         (ValueError, "stop", {"stop": "x" * 10_000}),
+        (TypeError, "stop: ", {"stop": None}),
+        (TypeError, "stop_tokens: ", {"stop_tokens": 5}),
         (ValueError, "stop_tokens", {"stop_tokens": [256]}),
         (ValueError, "stop_tokens", {"stop_tokens": [-1]}),
         (TypeError, "stop_tokens", {"stop_tokens": [True]}),

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 
 import numpy as np
 
@@ -78,10 +79,9 @@ class Rules:
     def __post_init__(self) -> None:
         as_integer(self.max_tokens, "max_tokens", 0, 1 << 62)
         as_integer(self.n, "n", 1, 1 << 16)
-        if self.logprobs is not None:
-            as_integer(self.logprobs, "logprobs", 0, 1 << 20)
-        if self.time_limit is not None and not self.time_limit >= 0:
-            raise ValueError(f"time_limit: expected seconds >= 0, found {self.time_limit}")
+        limit = self.time_limit
+        if limit is not None and not (isinstance(limit, Real) and limit >= 0):
+            raise ValueError(f"time_limit: expected seconds >= 0, found {limit!r}")
         for name in ("cancel", "progress"):
             value = getattr(self, name)
             if value is not None and not callable(value):
@@ -89,6 +89,8 @@ class Rules:
         if not isinstance(self.stop_tokens, Iterable):
             raise TypeError(f"stop_tokens: expected tokens, found {self.stop_tokens!r}")
         object.__setattr__(self, "stop", stop_strings(self.stop))
+        if not isinstance(self.stop_tokens, Iterable):
+            raise TypeError(f"stop_tokens: expected a list of tokens, found {self.stop_tokens!r}")
         object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
 
 

@@ -191,6 +191,7 @@ class RWKV:
         Log-probabilities of whole texts are compared: a longer one is less likely by its length.
         Raises ValueError for an empty choice, and for none.
         """
+        choices = choices if isinstance(choices, str) else [*choices]
         if isinstance(choices, str) or not choices or not all(choices):
             raise ValueError(f"choices: expected texts, none of them empty, found {choices!r}")
         readings, _ = self._score(choices, context, state)
@@ -256,6 +257,7 @@ class RWKV:
         Raises ForeignState for a state of another model, NonFiniteLogits where logits hold NaN,
         ValueError or TypeError for wrong arguments.
         """
+        prompt = _lasting(prompt)
         is_single = _is_single(prompt)
         prompts: list[Any] = [prompt] if is_single else [*prompt]
         generation = self._begin(
@@ -290,6 +292,7 @@ class RWKV:
 
         What beam search finds comes as one piece. `stream.completion` has the rest in the end.
         """
+        prompt = _lasting(prompt)
         if not _is_single(prompt) or options.get("n", 1) != 1:
             raise ValueError("a stream is of one prompt and one answer: generate() takes several")
         return Stream(self._begin([prompt], state, sampling, **options))
@@ -320,8 +323,12 @@ class RWKV:
             raise TypeError(
                 f"unknown option {unknown[0]!r} (choose from {', '.join([*RULES, *FIELDS])})"
             )
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling: expected a Sampling, found {sampling!r}")
         rules = Rules(**told)
         sampling = replace(sampling or Sampling(), **options)
+        if rules.logprobs is not None:
+            as_integer(rules.logprobs, "logprobs", 0, self.n_vocab)
         for token in rules.stop_tokens:
             as_integer(token, "stop_tokens", 0, self.n_vocab - 1)
         if ends_text(self.tokenizer, 0):
@@ -423,6 +430,11 @@ class _Contexts:
 
 def _load(path: Path, given: dict[str, Any]) -> RWKV:
     return RWKV(path, **given)
+
+
+def _lasting(prompt: Any) -> Any:
+    """The prompt; an iterator, which gives its tokens only once, as a list."""
+    return [*prompt] if isinstance(prompt, Iterator) else prompt
 
 
 def _is_single(prompt: object) -> bool:
