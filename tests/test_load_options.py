@@ -38,11 +38,12 @@ def test_perplexity(tmp_path, path, arguments, options):
     done = rwkv("perplexity", text, "-m", path, "--json", *arguments)
     tokenizer = load_tokenizer(256)
     with RWKVModel(None, path, **options) as model:
-        expected = measure(model, tokenizer, tokenizer.encode(TEXT))
-    assert json.loads(done.stdout)["loss_per_token"] == expected.loss_per_token
+        expected = measure(model, tokenizer, [tokenizer.encode(TEXT)])
+    loss = expected.loss_per_token
+    assert json.loads(done.stdout)["loss_per_token"] == loss.value
     if options:
         with RWKVModel(None, path) as model:
-            assert measure(model, tokenizer, tokenizer.encode(TEXT)).loss != expected.loss
+            assert measure(model, tokenizer, [tokenizer.encode(TEXT)]).loss_per_token != loss
 
 
 def test_info(path):

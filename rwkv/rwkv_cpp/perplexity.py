@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -15,98 +16,136 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from .errors import NonFiniteLogits, RWKVFileError
+from .errors import RWKVFileError
+from .fingerprint import family_id
 from .library import MAX_THREADS
 from .load_options import load_options, model_option
-from .model import RWKVModel, RWKVSequence, embedded_model
+from .model import RWKVModel, embedded_model
+from .models import find_model
+from .progress import progress_bar
+from .scoring import Comparisons, Mean, Scores, independent_blocks, mean, score
 from .tokenizer import Tokenizer, load_tokenizer
 
-_CHUNK_LOGITS = 1 << 22  # floats of logits that one call may return: 16 MB
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside a base, over the same tokens; see `scoring.Comparisons`.
+
+    loss_difference: the model's loss per token less the base's, with the error of the differences
+    of each token, which is smaller than that of the losses. agreement: a share of 1.
+    """
+
+    base_loss: Mean
+    loss_difference: Mean
+    divergence: Mean
+    max_divergence: float
+    agreement: Mean
+    max_logit_difference: float
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The loss of a model on a text, in nats, over the tokens that were scored."""
+    """The loss of a model on some documents, in nats, over the tokens that were scored."""
 
+    n_documents: int
     n_tokens: int  # read, the first and the skipped ones included
     n_scored: int
     n_bytes: int  # of the scored tokens
-    loss: float  # the sum
+    loss_per_token: Mean
+    loss_per_byte: Mean
     seconds: float
+    comparison: Comparison | None = None
 
     @property
-    def loss_per_token(self) -> float:
-        return self.loss / self.n_scored
-
-    @property
-    def loss_per_byte(self) -> float:
-        return self.loss / self.n_bytes if self.n_bytes else math.nan
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.loss_per_byte / math.log(2)
+    def bits_per_byte(self) -> Mean:
+        return self.loss_per_byte.times(1 / math.log(2))
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss_per_token) if self.loss_per_token < 700 else math.inf
+        loss = self.loss_per_token.value
+        return math.exp(loss) if loss < 700 else math.inf
 
 
 def measure(
     model: RWKVModel,
     tokenizer: Tokenizer,
-    tokens: Sequence[int],
+    documents: Sequence[Sequence[int]],
     *,
     skip: int = 0,
+    base: RWKVModel | None = None,
     progress: Callable[[int, float], object] | None = None,
 ) -> Perplexity:
-    """Score each token by the probability that the model gives it after the tokens before it.
+    """Score each token of some documents by the probability that the model gives it after the
+    tokens before it.
 
-    The first token, which nothing comes before, and the first `skip` ones are not scored.
+    Each document begins with the empty state. Its first token, which nothing comes before, and its
+    first `skip` ones are not scored. base: another file of the same model to compare with.
     progress: called with the tokens read so far and the loss per scored token, NaN before there is
     one.
 
-    Raises ValueError if no token is left to score, NonFiniteLogits if the model yields NaN.
+    Raises ValueError if no token is left to score, NonFiniteLogits if logits hold NaN or infinity.
     """
     first = max(skip, 1)
-    if len(tokens) <= first:
+    longest = max(map(len, documents), default=0)
+    if longest <= first:
+        what = "the text has" if len(documents) == 1 else "the longest of the documents has"
         raise ValueError(
-            f"the text has {len(tokens)} tokens, expected at least {first + 1}: the first"
+            f"{what} {longest} tokens, expected at least {first + 1}: the first"
             f"{f' {first} are' if first > 1 else ' is'} not scored"
         )
+    if base is not None and base.n_vocab != model.n_vocab:
+        raise ValueError(f"base: expected a model of {model.n_vocab} tokens, found {base.n_vocab}")
     began = time.perf_counter()
-    chunk_size = min(max(_CHUNK_LOGITS // model.n_vocab, 16), 1024)
-    loss, n_scored, state = 0.0, 0, None
-    for start in range(0, len(tokens), chunk_size):
-        chunk = tokens[start : start + chunk_size]
-        following = tokens[start + 1 : start + 1 + len(chunk)]
-        # Row i of the logits predicts token start + i + 1, which is scored from `first` on.
-        unscored = min(max(first - start - 1, 0), len(following))
-        n_logits = len(chunk) - unscored
-        (result,) = model.eval_batch([RWKVSequence(chunk, state, n_logits=n_logits)])
-        state = result.state
-        if result.logits is not None:
-            # One row at a time stays in the cache. The last logits of all have no token to predict.
-            pairs = zip(result.logits, following[unscored:], strict=False)
-            losses = [cross_entropy(row, token) for row, token in pairs]
-            loss += math.fsum(losses)
-            n_scored += len(losses)
-            if not math.isfinite(loss):
-                raise NonFiniteLogits(
-                    f"logits hold NaN or infinity in the {len(chunk)} tokens from {start} on"
-                )
+    scores: list[Scores] = []
+    loss, n_scored = 0.0, 0
+    for done, new in score(model, documents, skip=skip, base=base):
+        scores += new
+        loss = math.fsum([loss, *(part.losses.sum() for part in new)])
+        n_scored += sum(len(part.tokens) for part in new)
         if progress is not None:
-            progress(start + len(chunk), loss / n_scored if n_scored else math.nan)
-    n_bytes = sum(len(tokenizer.token_bytes(token) or b"") for token in tokens[first:])
-    return Perplexity(len(tokens), n_scored, n_bytes, loss, time.perf_counter() - began)
+            progress(done, loss / n_scored if n_scored else math.nan)
+    seconds = time.perf_counter() - began
+    blocks = independent_blocks(
+        np.repeat([part.document for part in scores], [len(part.tokens) for part in scores])
+    )
+    tokens = itertools.chain.from_iterable(part.tokens for part in scores)
+    n_bytes = np.array([len(tokenizer.token_bytes(token) or b"") for token in tokens], np.float64)
+    losses = np.concatenate([part.losses for part in scores])
+    return Perplexity(
+        len(documents),
+        sum(map(len, documents)),
+        n_scored,
+        int(n_bytes.sum()),
+        mean(losses, blocks),
+        mean(losses, blocks, n_bytes),
+        seconds,
+        None if base is None else _comparison(scores, blocks),
+    )
 
 
-def cross_entropy(logits: np.ndarray, target: int) -> float:
-    """-log of the probability that a row of logits gives the target, in float64."""
-    row = logits.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # infinities become NaN
-        row -= row.max()
-    own = row[target]
-    return float(np.log(np.exp(row, out=row).sum()) - own)
+def _comparison(scores: Sequence[Scores], blocks: np.ndarray) -> Comparison:
+    parts = [part.values for part in scores if isinstance(part.values, Comparisons)]
+    all_ = Comparisons(*map(np.concatenate, zip(*parts, strict=True)))
+    return Comparison(
+        mean(all_.base_loss, blocks),
+        mean(all_.loss - all_.base_loss, blocks),
+        mean(all_.divergence, blocks),
+        float(all_.divergence.max()),
+        mean(all_.agreement, blocks),
+        float(all_.difference.max()),
+    )
+
+
+def refuse_another_model(path: Path, base: Path) -> None:
+    """Raises RWKVFileError unless both files hold the same model, in any formats."""
+    if family_id(path) != family_id(base):
+        raise RWKVFileError(
+            f"{base}: is another model than {path}: expected a file of the same one, in another "
+            "format for example (`rwkv info` shows what a file holds)"
+        )
+
+
+# ---- Texts ---------------------------------------------------------------------------------------
 
 
 def read_text(path: Path) -> str:
@@ -116,18 +155,70 @@ def read_text(path: Path) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        name = "stdin" if is_stdin else path
-        raise RWKVFileError(f"{name}: not UTF-8 at offset {error.start}") from None
+        raise RWKVFileError(f"{_name(path)}: not UTF-8 at offset {error.start}") from None
+
+
+def read_documents(path: Path) -> list[str]:
+    """The texts of a file of JSON Lines, - for stdin: `{"text": "…"}` a line; empty lines count for
+    nothing. Raises RWKVFileError, with the line."""
+    texts = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except ValueError as error:
+            raise RWKVFileError(f"{_name(path)}: line {number} is not JSON: {error}") from None
+        text = document.get("text") if isinstance(document, dict) else None
+        if not isinstance(text, str):
+            raise RWKVFileError(
+                f'{_name(path)}: line {number}: expected {{"text": "…"}}, found {line[:60]!r}'
+            )
+        texts.append(text)
+    return texts
+
+
+def _name(path: Path) -> str:
+    return "stdin" if str(path) == "-" else str(path)
+
+
+def first_tokens(documents: Sequence[list[int]], limit: int | None) -> list[list[int]]:
+    """So many tokens of the documents together, in their order; None: all."""
+    if limit is None:
+        return [*documents]
+    kept: list[list[int]] = []
+    for tokens in documents:
+        if limit <= 0:
+            break
+        kept.append(tokens[:limit])
+        limit -= len(tokens)
+    return kept
+
+
+# ---- The command ---------------------------------------------------------------------------------
 
 
 @click.command()
 @click.argument("text", type=click.Path(path_type=Path))
 @model_option
 @click.option(
+    "--compare",
+    "base",
+    metavar="BASE",
+    help="Also tell how far the model is from BASE, another file of the same model, which is "
+    "loaded as it is.",
+)
+@click.option(
+    "--documents",
+    "is_documents",
+    is_flag=True,
+    help='TEXT is JSON Lines: a document, {"text": "…"}, a line. Each is read from its beginning.',
+)
+@click.option(
     "--skip",
     type=click.IntRange(min=0),
     default=0,
-    help="Do not score the first tokens, which have little to go by.",
+    help="Do not score the first tokens, of each document, which have little to go by.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Read so many tokens only.")
 @click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="[default: physical cores]")
@@ -142,6 +233,8 @@ def read_text(path: Path) -> str:
 def command(
     text: Path,
     model_path: Path | None,
+    base: str | None,
+    is_documents: bool,
     skip: int,
     limit: int | None,
     threads: int | None,
@@ -153,24 +246,50 @@ def command(
 
     TEXT is a file in UTF-8, or - for stdin. Every token is scored by the probability that the model
     gives it after all tokens before it; lower is better. Only losses per byte can be compared
-    between models of different vocabularies.
+    between models of different vocabularies. ± is one standard error.
 
     \b
     rwkv perplexity book.txt -m model.bin --limit 10000
+    rwkv perplexity book.txt -m model-Q5_1.bin --compare model.bin
     """
     path = model_path or embedded_model()
-    content = read_text(text)
+    base_path = None
+    if base is not None:
+        with progress_bar() as report:
+            base_path = find_model(base, None, report)
+        refuse_another_model(path, base_path)
+    texts = read_documents(text) if is_documents else [read_text(text)]
     with RWKVModel(None, path, threads, **options) as model:
         tokenizer = load_tokenizer(model.n_vocab, vocabulary, path)
-        tokens = tokenizer.encode(content)[:limit]
-        with tqdm(total=len(tokens), unit="token", disable=None) as bar:
+        documents = first_tokens([tokenizer.encode(part) for part in texts], limit)
+        if base_path is None:
+            result = _measure(model, tokenizer, documents, skip)
+        else:
+            with RWKVModel(None, base_path, threads) as base_model:
+                result = _measure(model, tokenizer, documents, skip, base_model)
+    click.echo(json.dumps(_as_json(_figures(result))) if as_json else _table(_figures(result)))
 
-            def progress(done: int, loss: float) -> None:
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                bar.update(done - bar.n)
 
-            result = measure(model, tokenizer, tokens, skip=skip, progress=progress)
-    figures = {
+def _measure(
+    model: RWKVModel,
+    tokenizer: Tokenizer,
+    documents: list[list[int]],
+    skip: int,
+    base: RWKVModel | None = None,
+) -> Perplexity:
+    """With a bar: time left, loss so far."""
+    with tqdm(total=sum(map(len, documents)), unit="token", disable=None) as bar:
+
+        def progress(done: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update(done - bar.n)
+
+        return measure(model, tokenizer, documents, skip=skip, base=base, progress=progress)
+
+
+def _figures(result: Perplexity) -> dict[str, int | float | Mean]:
+    figures: dict[str, int | float | Mean] = {
+        "documents": result.n_documents,
         "tokens": result.n_tokens,
         "scored tokens": result.n_scored,
         "scored bytes": result.n_bytes,
@@ -178,12 +297,42 @@ def command(
         "loss per byte": result.loss_per_byte,
         "bits per byte": result.bits_per_byte,
         "perplexity": result.perplexity,
-        "ms per token": 1000 * result.seconds / result.n_tokens,
     }
-    if as_json:
-        click.echo(json.dumps({key.replace(" ", "_"): value for key, value in figures.items()}))
-        return
-    for key, value in figures.items():
-        click.echo(
-            f"{key:<15} {value:,.6g}" if isinstance(value, float) else f"{key:<15} {value:,}"
-        )
+    if other := result.comparison:
+        figures |= {
+            "base loss": other.base_loss,
+            "loss difference": other.loss_difference,
+            "KL divergence": other.divergence,
+            "largest KL": other.max_divergence,
+            "top-1 agreement": other.agreement,
+            "largest logit difference": other.max_logit_difference,
+        }
+    return figures | {"ms per token": 1000 * result.seconds / result.n_tokens}
+
+
+def _as_json(figures: dict[str, int | float | Mean]) -> dict[str, int | float | None]:
+    """Means as two members; null for what is no number."""
+    members: dict[str, int | float | None] = {}
+    for name, value in figures.items():
+        key = name.lower().replace(" ", "_").replace("-", "_")
+        if isinstance(value, Mean):
+            members |= {key: value.value, f"{key}_error": value.error}
+        else:
+            members[key] = value
+    return {key: value if _is_finite(value) else None for key, value in members.items()}
+
+
+def _is_finite(value: int | float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _table(figures: dict[str, int | float | Mean]) -> str:
+    width = max(map(len, figures))
+    return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in figures.items())
+
+
+def _shown(value: int | float | Mean) -> str:
+    if isinstance(value, Mean):
+        error = "" if math.isnan(value.error) else f" ± {value.error:.2g}"
+        return f"{value.value:,.6g}{error}"
+    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
