@@ -1,7 +1,6 @@
 """chat.py: the command on a terminal and through a pipe."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 
 import pytest
 from commands import CONSOLE, environment, rwkv
+from rwkv_cpp import State, styles
 from rwkv_cpp.conversation_store import ConversationStore
 
 on_terminals = pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals there")
@@ -331,8 +331,8 @@ def test_wrong_options(home, tmp_path, arguments, code, error):
     assert code == 2 or done.stderr.count("\n") == 1
 
 
-def test_the_start_text_is_read_once(home, tmp_path):
-    rwkv("chat", "-n", "1", input="hello\n", env=home)
-    cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "home" / "prefixes").iterdir()}
-    assert cached
-    assert not any(os.path.isdir(path) for path in cached)
+def test_only_the_start_text_is_kept_beside_the_conversation(home, tmp_path):
+    for _ in range(2):
+        rwkv("chat", "-n", "1", input="a secret\n+gen a secret\n+qa a secret\n", env=home)
+    (path,) = (tmp_path / "home" / "prefixes").glob("*.safetensors")
+    assert bytes(State.load(path).tokens.tolist()).decode() == styles.find("plain").start

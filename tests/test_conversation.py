@@ -263,6 +263,19 @@ def test_banned_beginnings_do_not_reach_the_prefix_cache():
         assert talk.state == alone.state
 
 
+def test_a_start_text_is_read_once(model, monkeypatch):
+    starts = PrefixCache()
+    first = Conversation(model, styles.find("plain"), starts=starts)
+    expected = first.start
+    assert expected == Conversation(model, first.style).start
+    "".join(first.say("Good morrow!"))
+    assert len(starts) == 1
+    monkeypatch.setattr(model, "_evaluate", None)
+    again = Conversation(model, first.style, starts=starts).start
+    assert again == expected
+    assert again.logits.tobytes() == expected.logits.tobytes()
+
+
 # ---- Free texts ----------------------------------------------------------------------------------
 
 

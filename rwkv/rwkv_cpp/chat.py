@@ -195,8 +195,8 @@ def converse(chat: Chat, screen: PipeScreen | TerminalScreen) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def _prefix_cache() -> PrefixCache:
-    """Also on disk, unless that cannot be written to."""
+def _starts() -> PrefixCache:
+    """What was read of styles, on disk unless that cannot be written to."""
     from .prefix_cache import PrefixCache
 
     try:
@@ -268,19 +268,14 @@ def command(
         model_path = model_path or saved.model_path
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     screen = TerminalScreen(store) if on_terminal else PipeScreen()
-    with RWKV(
-        model_path,
-        vocabulary=vocabulary,
-        n_threads=threads,
-        prefix_cache=_prefix_cache(),
-        **options,
-    ) as model:
+    starts = _starts()
+    with RWKV(model_path, vocabulary=vocabulary, n_threads=threads, **options) as model:
         with told_notices(screen):
             if saved is not None:
-                conversation = saved.open(model, screen.progress)
+                conversation = saved.open(model, screen.progress, starts)
             else:
                 form = form or styles.find(model.style)
-                conversation = Conversation(model, form, progress=screen.progress)
+                conversation = Conversation(model, form, progress=screen.progress, starts=starts)
             conversation.state  # noqa: B018 - read before the first message is asked for
         conversation.sampling = replace(conversation.sampling, **sampling)
         conversation.max_tokens = max_tokens or conversation.max_tokens

@@ -192,7 +192,11 @@ class Chat:
         old = self.conversation
         style = styles.find(name)
         conversation = Conversation(
-            old.model, style, max_tokens=old.max_tokens, progress=old.progress
+            old.model,
+            style,
+            max_tokens=old.max_tokens,
+            progress=old.progress,
+            starts=old.starts,
         )
         conversation.cancel = old.cancel
         conversation.start  # noqa: B018 - read now: if that fails or is stopped, all stays as it was
@@ -224,7 +228,7 @@ class Chat:
             self._list()
             return
         old = self.conversation
-        conversation = self._store.load(name).open(old.model, old.progress)
+        conversation = self._store.load(name).open(old.model, old.progress, old.starts)
         conversation.cancel = old.cancel
         self.conversation, self.name = conversation, name
         self._screen.note(f"in '{name}', which ends with:")

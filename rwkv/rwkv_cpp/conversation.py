@@ -30,6 +30,7 @@ from .styles import Style, fold
 
 if TYPE_CHECKING:
     from .generation import Completion
+    from .prefix_cache import PrefixCache
     from .rwkv import RWKV
     from .state import State
 
@@ -82,6 +83,8 @@ class Conversation:
 
     - sampling, max_tokens: of the answers; by default those of the style, and MAX_TOKENS.
     - progress: called while texts are read.
+    - starts: where the state after the style's start text is looked for, and kept; no words of a
+      user come there.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Conversation:
         sampling: Sampling | None = None,
         max_tokens: int = MAX_TOKENS,
         progress: Progress | None = None,
+        starts: PrefixCache | None = None,
     ) -> None:
         self.model = model
         self.style = style
@@ -101,6 +105,7 @@ class Conversation:
         self.cancel = threading.Event()
         self.last: Completion | None = None  # what the model wrote last
         self.progress = progress
+        self.starts = starts
         self._started: State | None = None
         self._chat: _Attempt | None = None  # at the last turn
         self._free: _Attempt | None = None
@@ -158,7 +163,7 @@ class Conversation:
     def start(self) -> State | None:
         """The state before the first turn, None for a style without a prompt."""
         if self._started is None and self.style.start:
-            self._started = self._read(self.style.start, None)
+            self._started = self._read_start()
         return self._started
 
     @property
@@ -259,6 +264,15 @@ class Conversation:
 
     def _read(self, prompt: Any, state: State | None) -> State:
         return self.model.read(prompt, state, progress=self._report)
+
+    def _read_start(self) -> State:
+        tokens = self.model.tokenizer.encode(self.style.start)
+        if self.starts is None:
+            return self._read(tokens, None)
+        known = self.starts.longest(self.model.cache_key, tokens)
+        state = self._read(tokens[len(known.tokens) :] if known else tokens, known)
+        self.starts.store(self.model.cache_key, state)
+        return state
 
     def _report(self, what: str, done: int, total: int) -> None:
         if self.cancel.is_set():

@@ -29,6 +29,7 @@ from .state import State
 from .styles import Style, from_json
 
 if TYPE_CHECKING:
+    from .prefix_cache import PrefixCache
     from .rwkv import RWKV
 
 FORMAT, VERSION = "rwkv-conversation", 1
@@ -64,8 +65,10 @@ class Saved:
     def name(self) -> str:
         return self.folder.name
 
-    def open(self, model: RWKV, progress: Progress | None) -> Conversation:
-        """The conversation, to go on with a model. progress: as for Conversation.
+    def open(
+        self, model: RWKV, progress: Progress | None, starts: PrefixCache | None = None
+    ) -> Conversation:
+        """The conversation, to go on with a model. progress, starts: as for Conversation.
 
         Raises ForeignState if it was held with another model; the same in another format goes on
         with a StateNotice. Raises RWKVFileError if the last state is missing or damaged.
@@ -76,6 +79,7 @@ class Saved:
             sampling=self.sampling,
             max_tokens=self.max_tokens,
             progress=progress,
+            starts=starts,
         )
         for turn in self.turns[-STATES_IN_FILES:]:
             path = self.folder / f"{turn.key}.state"

@@ -89,8 +89,6 @@ class Rules:
         if not isinstance(self.stop_tokens, Iterable):
             raise TypeError(f"stop_tokens: expected tokens, found {self.stop_tokens!r}")
         object.__setattr__(self, "stop", stop_strings(self.stop))
-        if not isinstance(self.stop_tokens, Iterable):
-            raise TypeError(f"stop_tokens: expected a list of tokens, found {self.stop_tokens!r}")
         object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
 
 
