@@ -479,12 +479,12 @@ import time
 from rwkv_cpp import convert
 from pathlib import Path
 import sys
-def pause(array, *more, half=convert._half):
+def pause(array, *more, half=convert.half):
     if array.startswith(sys.argv[1] + ": head"):
         Path(sys.argv[2] + ".ready").touch()
         time.sleep(60)
     return half(array, *more)
-convert._half = pause
+convert.half = pause
 """
     + RUN
 )

@@ -33,7 +33,7 @@ CORE_FLOORS = [
 ]
 FLOORS = [
     {"errors", "progress", "registry", "terminal"},
-    {"archive", "atomic", "choosing", "library", "philox", "pickles"},
+    {"archive", "atomic", "choosing", "library", "philox", "pickles", "weights"},
     {"ggmf", "model", "tokenizer"},
     {"checkpoint", "fingerprint", "grammar", "scoring"},
     {"sampling", "state_layouts"},

@@ -13,6 +13,7 @@ from .atomic import refuse_same_file
 from .checkpoint import open_checkpoint, write_safetensors
 from .errors import RWKVFileError
 from .ggmf import DTYPES, FP16, FP32, LIMITS, Header, Writer
+from .weights import check_finite, half, shape_in_file, some, transform
 
 FILE_VERSION = 101
 DATA_TYPES = {"FP32": FP32, "FP16": FP16}
@@ -49,7 +50,7 @@ BLOCK_TENSORS = {
 
 # What names that RWKV-4 does not have say about a checkpoint; the first that is found counts.
 _FOREIGN = (
-    (r"\.lora_[AB]\b", "a LoRA, whose matrices are merged into a model"),
+    (r"\.lora_[AB]\b", "a LoRA, which 'rwkv merge-lora' merges into a model"),
     (r"\.ffn\.s_emb", "RWKV-7 with DeepEmbed"),
     (r"\.att\.(k_k|r_k|x_r)$", "RWKV-7"),
     (r"\.att\.time_maa_", "RWKV-6"),
@@ -108,15 +109,11 @@ def convert(
             where = f"{source}: {name}"
             array = checkpoint.read(name)
             if not allow_nan:
-                _check_finite(where, array)
-            if transformed and ".time_" in name:
-                array = array.reshape(-1)
-            if transformed and name.endswith(".time_decay"):
-                array = _decay(array)
-                if not allow_nan:
-                    _check_finite(f"{where} as -exp(w)", array)
+                check_finite(where, array, " (--allow-nan keeps them)")
+            if transformed:
+                array = transform(where, name, array, allow_nan)
             if types[name] == FP16:
-                array = _half(where, array, clamp)
+                array = half(where, array, clamp)
             done += array.size
             if progress:
                 progress(done, total)
@@ -158,10 +155,10 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]
     if missing:
         gaps = tuple(f"blocks.{i}." for i in range(n_layer) if i not in present)
         names = [f"{gap}*" for gap in gaps] + [n for n in missing if not n.startswith(gaps)]
-        raise ValueError(f"of a model of {n_layer} layers are missing: {_some(names)}")
+        raise ValueError(f"of a model of {n_layer} layers are missing: {some(names)}")
     unknown = [name for name in shapes if name not in tensors]
     if unknown:
-        raise ValueError(f"RWKV-4 has no such tensors: {_some(unknown)}")
+        raise ValueError(f"RWKV-4 has no such tensors: {some(unknown)}")
 
     sizes: dict[str, int] = {}
     for name, letters in tensors.items():
@@ -171,8 +168,7 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]
 
 def _check_shape(name: str, shape: tuple[int, ...], letters: str, sizes: dict[str, int]) -> None:
     """Compare a shape with its letters; the first tensor that has a letter says what it means."""
-    if ".time_" in name and shape[:-1] == (1, 1):  # time_mix_* are (1, 1, C) in every checkpoint
-        shape = shape[-1:]
+    shape = shape_in_file(name, shape)
     fits = len(shape) == len(letters)
     for letter, n in zip(letters, shape, strict=False):
         fits = fits and n > 0 and sizes.setdefault(letter, n) == n
@@ -195,45 +191,7 @@ def _what_there_is(names: Iterable[str]) -> str:
                 f"the names begin with '{prefix}.', "
                 f"which --key {prefix} (or NAME/{prefix}) takes away"
             )
-    return f"there are {_some(list(names))}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-def _decay(array: np.ndarray) -> np.ndarray:
-    """-exp(w), rounded once."""
-    with np.errstate(over="ignore"):
-        return (-np.exp(array.astype(np.float64))).astype(np.float32)
-
-
-def _check_finite(where: str, array: np.ndarray) -> None:
-    if math.isfinite(array.min()) and math.isfinite(array.max()):  # both are NaN if one value is
-        return
-    count = array.size - np.count_nonzero(np.isfinite(array))
-    raise RWKVFileError(
-        f"{where}: {count} of {array.size} values are NaN or infinite (--allow-nan keeps them)"
-    )
-
-
-def _half(where: str, array: np.ndarray, clamp: bool) -> np.ndarray:
-    """Round to float16, to nearest even."""
-    with np.errstate(over="ignore"):
-        half = array.astype(np.float16)
-    # From 65520 on, half way to the next power of two, numbers round to infinity.
-    if array.min() > -65520 and array.max() < 65520:
-        return half
-    beyond = np.isinf(half) & np.isfinite(array)
-    largest = 65504
-    count = np.count_nonzero(beyond)
-    if count and not clamp:
-        raise RWKVFileError(
-            f"{where}: {count} of {array.size} values are beyond {largest}, the largest of FP16; "
-            "convert to FP32, or --clamp them"
-        )
-    half[beyond] = np.copysign(largest, half[beyond])
-    return half
+    return f"there are {some(list(names))}"
 
 
 @click.command()
