@@ -39,7 +39,7 @@ FLOORS = [
     {"sampling", "state_layouts"},
     {"sampling_options", "state", "styles"},
     {"prefix_cache"},
-    {"convert", "quantize", "train"},
+    {"convert", "merge_lora", "quantize", "train"},
     {"download", "models"},
     {"load_options"},
     {"info", "perplexity"},

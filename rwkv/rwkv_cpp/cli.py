@@ -27,6 +27,7 @@ COMMANDS = {
     "pull": (".pull", "Download a model, convert it and keep it for all commands."),
     "convert": (".convert", "Convert a checkpoint of RWKV-4 to a model file."),
     "quantize": (".quantize", "Write a quantized copy of a model."),
+    "merge-lora": (".merge_lora", "Merge what a LoRA has learned into a model."),
     "perplexity": (".perplexity", "Measure how well a model predicts a text."),
     "bench": (".bench", "Measure how fast a model runs, beside this machine's limits."),
     "info": (".info", "Show what a model file holds, the memory it takes and this library."),
