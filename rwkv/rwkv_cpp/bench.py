@@ -43,7 +43,7 @@ from .library import (
     RWKVSharedLibrary,
     load_rwkv_shared_library,
 )
-from .load_options import load_options, model_option
+from .load_options import Command, load_options, model_option
 from .model import RWKVModel, RWKVSequence, embedded_model
 from .quantize import quantize_file
 from .registry import SIZES
@@ -352,7 +352,7 @@ def measure_round(
     """sample: bytes of the buffer that the reading rate is measured with."""
     watch = Watch()
     limits = library.rwkv_measure(n_threads, sample)
-    tokens = _random_tokens(model.n_vocab)
+    tokens = random_tokens(model.n_vocab)
     states = np.tile(model.init_state(), (max(BATCHES), 1))
     logits = np.empty((max(BATCHES), 1, model.n_vocab), np.float32)
 
@@ -391,7 +391,7 @@ def seconds_of(call: Callable[[], object]) -> float:
     return taken / count
 
 
-def _random_tokens(n_vocab: int) -> Iterator[int]:
+def random_tokens(n_vocab: int) -> Iterator[int]:
     random = np.random.default_rng(0)
     while True:
         yield from random.integers(n_vocab, size=1024).tolist()
@@ -571,6 +571,19 @@ def _threads(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     return list(dict.fromkeys(numbers))
 
 
+def _drawable(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and importlib.util.find_spec("matplotlib") is None:
+        raise click.UsageError("--plot needs matplotlib: pip install 'rwkv-ggml[plot]'")
+    return value
+
+
+def plot_option(text: str) -> Callable[[Command], Command]:
+    """Adds --plot to a command, which gets `picture`, a path or None."""
+    return click.option(
+        "--plot", "picture", type=click.Path(path_type=Path), callback=_drawable, help=text
+    )
+
+
 @click.command()
 @functools.partial(model_option, quantize=False)
 @click.option("--shape", type=click.Choice(list(SIZES)), help="A released size, random weights.")
@@ -589,12 +602,7 @@ def _threads(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     help="Numbers of threads.  [default: physical cores]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option(
-    "--plot",
-    "picture",
-    type=click.Path(path_type=Path),
-    help="Also draw speeds and limits to this PNG file.",
-)
+@plot_option("Also draw speeds and limits to this PNG file.")
 @load_options
 def command(
     model_path: Path | None,
@@ -618,8 +626,6 @@ def command(
     """
     if model_path is not None and shape is not None:
         raise click.UsageError("--model and --shape exclude each other")
-    if picture is not None and importlib.util.find_spec("matplotlib") is None:
-        raise click.UsageError("--plot needs matplotlib: pip install 'rwkv-ggml[plot]'")
     library = load_rwkv_shared_library()
     formats = tuple(dict.fromkeys(name.upper() for name in formats))
     with tqdm(bar_format="{desc} ({elapsed})", disable=None, leave=False) as bar:

@@ -29,6 +29,7 @@ COMMANDS = {
     "quantize": (".quantize", "Write a quantized copy of a model."),
     "merge-lora": (".merge_lora", "Merge what a LoRA has learned into a model."),
     "perplexity": (".perplexity", "Measure how well a model predicts a text."),
+    "compare": (".compare", "Make a table of what a model loses and gains in each format."),
     "bench": (".bench", "Measure how fast a model runs, beside this machine's limits."),
     "info": (".info", "Show what a model file holds, the memory it takes and this library."),
     "train": (".train", "Train a small RWKV-4 on a text file, from scratch."),

@@ -19,12 +19,14 @@ from tqdm import tqdm
 from .errors import RWKVFileError
 from .fingerprint import family_id
 from .library import MAX_THREADS
-from .load_options import load_options, model_option
+from .load_options import Command, load_options, model_option
 from .model import RWKVModel, embedded_model
 from .models import find_model
 from .progress import progress_bar
 from .scoring import Comparisons, Mean, Scores, independent_blocks, mean, score
 from .tokenizer import Tokenizer, load_tokenizer
+
+Figure = int | float | Mean
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,11 @@ def read_text(path: Path) -> str:
         raise RWKVFileError(f"{_name(path)}: not UTF-8 at offset {error.start}") from None
 
 
+def read_texts(path: Path, is_documents: bool) -> list[str]:
+    """The file as one text, or as documents."""
+    return read_documents(path) if is_documents else [read_text(path)]
+
+
 def read_documents(path: Path) -> list[str]:
     """The texts of a file of JSON Lines, - for stdin: `{"text": "…"}` a line; empty lines count for
     nothing. Raises RWKVFileError, with the line."""
@@ -195,6 +202,41 @@ def first_tokens(documents: Sequence[list[int]], limit: int | None) -> list[list
     return kept
 
 
+def text_options(command: Command) -> Command:
+    """Adds the options of what is read of TEXT, and how, to a command, which gets `is_documents`,
+    `skip`, `limit`, `threads` and `vocabulary`."""
+    for option in reversed(_TEXT_OPTIONS):
+        command = option(command)
+    return command
+
+
+_TEXT_OPTIONS = (
+    click.option(
+        "--documents",
+        "is_documents",
+        is_flag=True,
+        help='TEXT is JSON Lines: a document, {"text": "…"}, a line. Each is read from its '
+        "beginning.",
+    ),
+    click.option(
+        "--skip",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Do not score the first tokens, of each document, which have little to go by.",
+    ),
+    click.option("--limit", type=click.IntRange(min=1), help="Read so many tokens only."),
+    click.option(
+        "--threads", type=click.IntRange(1, MAX_THREADS), help="[default: physical cores]"
+    ),
+    click.option(
+        "--vocab",
+        "vocabulary",
+        type=click.Path(path_type=Path),
+        help="Vocabulary file.  [default: looked for, see `rwkv generate --help`]",
+    ),
+)
+
+
 # ---- The command ---------------------------------------------------------------------------------
 
 
@@ -208,26 +250,7 @@ def first_tokens(documents: Sequence[list[int]], limit: int | None) -> list[list
     help="Also tell how far the model is from BASE, another file of the same model, which is "
     "loaded as it is.",
 )
-@click.option(
-    "--documents",
-    "is_documents",
-    is_flag=True,
-    help='TEXT is JSON Lines: a document, {"text": "…"}, a line. Each is read from its beginning.',
-)
-@click.option(
-    "--skip",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Do not score the first tokens, of each document, which have little to go by.",
-)
-@click.option("--limit", type=click.IntRange(min=1), help="Read so many tokens only.")
-@click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="[default: physical cores]")
-@click.option(
-    "--vocab",
-    "vocabulary",
-    type=click.Path(path_type=Path),
-    help="Vocabulary file.  [default: looked for, see `rwkv generate --help`]",
-)
+@text_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @load_options
 def command(
@@ -258,7 +281,7 @@ def command(
         with progress_bar() as report:
             base_path = find_model(base, None, report)
         refuse_another_model(path, base_path)
-    texts = read_documents(text) if is_documents else [read_text(text)]
+    texts = read_texts(text, is_documents)
     with RWKVModel(None, path, threads, **options) as model:
         tokenizer = load_tokenizer(model.n_vocab, vocabulary, path)
         documents = first_tokens([tokenizer.encode(part) for part in texts], limit)
@@ -267,7 +290,8 @@ def command(
         else:
             with RWKVModel(None, base_path, threads) as base_model:
                 result = _measure(model, tokenizer, documents, skip, base_model)
-    click.echo(json.dumps(_as_json(_figures(result))) if as_json else _table(_figures(result)))
+    shown = figures(result)
+    click.echo(json.dumps(members(shown)) if as_json else _table(shown))
 
 
 def _measure(
@@ -287,8 +311,9 @@ def _measure(
         return measure(model, tokenizer, documents, skip=skip, base=base, progress=progress)
 
 
-def _figures(result: Perplexity) -> dict[str, int | float | Mean]:
-    figures: dict[str, int | float | Mean] = {
+def figures(result: Perplexity) -> dict[str, Figure]:
+    """By name, in the order in which they are shown."""
+    shown: dict[str, Figure] = {
         "documents": result.n_documents,
         "tokens": result.n_tokens,
         "scored tokens": result.n_scored,
@@ -299,7 +324,7 @@ def _figures(result: Perplexity) -> dict[str, int | float | Mean]:
         "perplexity": result.perplexity,
     }
     if other := result.comparison:
-        figures |= {
+        shown |= {
             "base loss": other.base_loss,
             "loss difference": other.loss_difference,
             "KL divergence": other.divergence,
@@ -307,31 +332,31 @@ def _figures(result: Perplexity) -> dict[str, int | float | Mean]:
             "top-1 agreement": other.agreement,
             "largest logit difference": other.max_logit_difference,
         }
-    return figures | {"ms per token": 1000 * result.seconds / result.n_tokens}
+    return shown | {"ms per token": 1000 * result.seconds / result.n_tokens}
 
 
-def _as_json(figures: dict[str, int | float | Mean]) -> dict[str, int | float | None]:
-    """Means as two members; null for what is no number."""
-    members: dict[str, int | float | None] = {}
+def members(figures: dict[str, Figure]) -> dict[str, int | float | None]:
+    """For JSON: means as two of them, null for what is no number."""
+    found: dict[str, int | float | None] = {}
     for name, value in figures.items():
         key = name.lower().replace(" ", "_").replace("-", "_")
         if isinstance(value, Mean):
-            members |= {key: value.value, f"{key}_error": value.error}
+            found |= {key: value.value, f"{key}_error": value.error}
         else:
-            members[key] = value
-    return {key: value if _is_finite(value) else None for key, value in members.items()}
+            found[key] = value
+    return {key: value if _is_finite(value) else None for key, value in found.items()}
 
 
 def _is_finite(value: int | float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _table(figures: dict[str, int | float | Mean]) -> str:
+def _table(figures: dict[str, Figure]) -> str:
     width = max(map(len, figures))
     return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in figures.items())
 
 
-def _shown(value: int | float | Mean) -> str:
+def _shown(value: Figure) -> str:
     if isinstance(value, Mean):
         error = "" if math.isnan(value.error) else f" ± {value.error:.2g}"
         return f"{value.value:,.6g}{error}"
