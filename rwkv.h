@@ -109,13 +109,13 @@ struct rwkv_load_options {
     bool mmap;          /* FP32 and FP16 matrices stay in the mapped file (do not overwrite it while
                            it is loaded); false: all is read into private memory. Default true */
     bool prefault;      /* read mapped pages now rather than with the first token. Default false */
-    bool sparse_ffn;   /* FP32, FP16, Q8_0: a second copy of each ffn.value.weight, by columns, so
-                          that a token alone does not read those that its hidden layer has zeros
-                          for; same bits. FP32 and FP16 weights have to be finite there; an error
-                          in other formats. Default false */
-    const char * head; /* "Q4_0" … "Q8_0": an FP32 or FP16 head is quantized while it is loaded, as
-                          rwkv_quantize_file does it, in the newest version's layout; an error if
-                          the file has it in another quantized format. NULL: as it is in the file */
+    bool sparse_ffn;    /* FP32, FP16, Q8_0: a second copy of each ffn.value.weight, by columns, so
+                           that a token alone does not read those that its hidden layer has zeros
+                           for; same bits. FP32 and FP16 weights have to be finite there; an error
+                           in other formats. Default false */
+    const char * head;  /* "Q4_0" … "Q8_0": an FP32 or FP16 head is quantized while it is loaded, as
+                           rwkv_quantize_file does it, in the newest version's layout; an error if
+                           the file has it in another quantized format. NULL: as it is in the file */
     const char * activations; /* of the context: how vectors are rounded that meet quantized
                                  matrices. NULL or "A16": to 14 bits and a sign. "int8": to 7, which
                                  reads prompts faster and is less exact. "bf16": as A16, and FP32

@@ -684,7 +684,8 @@ def test_bf16(tmp_path, name):
         np.testing.assert_allclose(rounded, logits, atol=0.03 * np.abs(logits).max())
         assert np.array_equal(fast.clone(2).eval(1, None)[0], rounded)
     options = {"activations": "bf16", "sparse_ffn": True}
-    with pytest.raises(ValueError, match=r"ffn\.value\.weight' is multiplied as BF16, sparse_ffn is"):
+    message = r"ffn\.value\.weight' is multiplied as BF16, sparse_ffn is"
+    with pytest.raises(ValueError, match=message):
         RWKVModel(None, path, 1, **options)
     write_model(path, random_model(1, n_vocab=50, n_embed=32, n_layer=1), "Q8_0", table_type=name)
     with RWKVModel(None, path, 1, **options) as both, RWKVModel(None, path, 1) as exact:
