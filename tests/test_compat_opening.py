@@ -22,7 +22,8 @@ def home(tmp_path, monkeypatch):
 def test_model_file_is_taken_as_it_is(home, tmp_path):
     path = tmp_path / "model.bin"
     write_model(path, random_model(2, n_embed=32, n_layer=2), "Q5_1")
-    assert model_file(path, "FP32") == model_file(f" {path} ") == path
+    for given in (path, f" {path} ", path.with_suffix("")):
+        assert model_file(given, "FP32") == model_file(given) == path
     assert not home.exists()
 
 

@@ -64,14 +64,8 @@ def find_model(
         return _of_file(embedded_model(), format, progress)
     text = os.fspath(model)
     path = Path(text)
-    if _is_file(path):
-        return _of_file(path, format, progress)
-    siblings = [sibling for suffix in SUFFIXES if _is_file(sibling := Path(f"{text}{suffix}"))]
-    if len(siblings) == 1:
-        return _of_file(siblings[0], format, progress)
-    if siblings:
-        names = ", ".join(f"'{sibling}'" for sibling in siblings)
-        raise ModelNotFound(f"'{text}' may be one of {names}: add the suffix")
+    if file := file_at(text):
+        return _of_file(file, format, progress)
     is_folder = os.path.isdir(text)  # which, unlike pathlib's, takes any text
     if not is_folder:
         if text in cached_models():
@@ -83,6 +77,17 @@ def find_model(
         f"{at_hand(path if is_folder else path.parent)}; "
         "'rwkv pull --list' shows what can be fetched"
     )
+
+
+def file_at(text: str) -> Path | None:
+    """The file at a path that may lack one of SUFFIXES. Raises ModelNotFound if there are several."""
+    if _is_file(path := Path(text)):
+        return path
+    siblings = [sibling for suffix in SUFFIXES if _is_file(sibling := Path(f"{text}{suffix}"))]
+    if len(siblings) > 1:
+        names = ", ".join(f"'{sibling}'" for sibling in siblings)
+        raise ModelNotFound(f"'{text}' may be one of {names}: add the suffix")
+    return siblings[0] if siblings else None
 
 
 def known_format(text: str) -> str:

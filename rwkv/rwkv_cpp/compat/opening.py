@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoint import is_checkpoint
 from ..errors import ModelNotFound
-from ..models import find_model
+from ..models import file_at, find_model
 from ..pull import pull
 from ..registry import parse_source
 
@@ -20,8 +20,9 @@ def model_file(model: str | os.PathLike[str] | None, format: str | None = None) 
     if model is None:
         return find_model()
     text = os.fspath(model).strip()
-    if os.path.isfile(text) and not is_checkpoint(Path(text)):
-        return Path(text)
+    file = file_at(text)
+    if file is not None and not is_checkpoint(file):
+        return file
     try:
         return find_model(text, format)
     except ModelNotFound:
