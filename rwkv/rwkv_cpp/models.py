@@ -80,7 +80,7 @@ def find_model(
 
 
 def file_at(text: str) -> Path | None:
-    """The file at a path that may lack one of SUFFIXES. Raises ModelNotFound if there are several."""
+    """The file at a path that may lack one of SUFFIXES. Raises ModelNotFound for several."""
     if _is_file(path := Path(text)):
         return path
     siblings = [sibling for suffix in SUFFIXES if _is_file(sibling := Path(f"{text}{suffix}"))]

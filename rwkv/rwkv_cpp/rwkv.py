@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -359,7 +360,7 @@ class RWKV:
             return Prompt(start, tokens)
         key = self.cache_key
         store = partial(self._prefix_cache.store, key)
-        found = self._prefix_cache.longest(key, [*start.tokens, *tokens])
+        found = self._prefix_cache.longest(key, start.tokens + array("I", tokens))
         if found is None or len(found.tokens) <= len(start.tokens):
             return Prompt(start, tokens, 0, store)
         n_cached = len(found.tokens) - len(start.tokens)

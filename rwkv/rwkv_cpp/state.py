@@ -68,7 +68,8 @@ class State:
     n_generated: how many of the last ones the model itself wrote since the last prompt.
     fingerprint: which model the state belongs to, None if that is unknown.
     arithmetic:  the model's `arithmetic`, if `values` are, to the bit, what it makes of `tokens`
-                 from an empty start. None if not: imported, rounded, moved between formats.
+                 from an empty start. None if not: imported, rounded, moved between formats. Whoever
+                 writes into the arrays sets it to None, so that no prefix cache takes them for it.
 
     The arrays become the state's own: they are copied only if they are read-only or not contiguous.
     Raises ValueError or TypeError for arrays of other shapes or types.
