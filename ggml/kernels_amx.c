@@ -259,16 +259,17 @@ GGML_QUANTIZED(INSTANCE)
 /* A tile product is a step of the definition, so sums stay in tiles while a panel lasts: squares of
  * two groups of vectors by two stripes. Tiles want columns 2r and 2r + 1 as a pair. */
 enum {
-    BF16_VECTORS = 256, /* that share weights in this order */
-    BF16_BLOCKS = 8     /* of 32 columns in a panel */
+    BF16_VECTORS = 128, /* that share weights in this order, */
+    BF16_STRIPES = 4,   /* so many stripes of them, */
+    BF16_BLOCKS = 8     /* 32 columns each */
 };
 
 enum bf16_tile { SUMS_00, SUMS_01, SUMS_10, SUMS_11, ACTS_0, ACTS_1, WEIGHTS_0, WEIGHTS_1 };
 
 struct bf16_panel {
-    _Alignas(64) uint32_t weights[STRIPES][BF16_BLOCKS][GGML_BF16_WORDS][GGML_STRIPE];
+    _Alignas(64) uint32_t weights[BF16_STRIPES][BF16_BLOCKS][GGML_BF16_WORDS][GGML_STRIPE];
     _Alignas(64) uint32_t acts[BF16_BLOCKS][2 * GROUP][GGML_BF16_WORDS];
-    _Alignas(64) float sums[BF16_VECTORS / GROUP][STRIPES][GROUP][GGML_STRIPE];
+    _Alignas(64) float sums[BF16_VECTORS / GROUP][BF16_STRIPES][GROUP][GGML_STRIPE];
 };
 
 /* Blocks from column k on of the stripes; the last stripe stands in for those that do not exist. */
@@ -331,14 +332,15 @@ GGML_INLINE void square_times(struct bf16_panel * panel, size_t n_blocks, size_t
     tile_store(SUMS_11, panel->sums[g + 1][s + 1], 64);
 }
 
-/* STRIPES stripes from row `row` on, or as many as there are, times up to BF16_VECTORS vectors. */
+/* Stripes from row `row` on, as many as a panel takes or there are, times up to BF16_VECTORS
+ * vectors. */
 static void bf16_rows_times(const struct ggml_matrix * w, const struct ggml_input * in, size_t t,
                             float * y, size_t ldy, size_t row, size_t last) {
     const size_t n = in->n - t < BF16_VECTORS ? in->n - t : BF16_VECTORS;
     const size_t stripe_size = ggml_stripe_size(GGML_TYPE_BF16, w->cols);
     const size_t all_blocks = stripe_size / GGML_BF16_BLOCK;
     const size_t left = (last - row + GGML_STRIPE - 1) / GGML_STRIPE;
-    const size_t n_stripes = left < STRIPES ? left : STRIPES;
+    const size_t n_stripes = left < BF16_STRIPES ? left : BF16_STRIPES;
     const uint8_t * stripes = (const uint8_t *)w->data + row / GGML_STRIPE * stripe_size;
     struct bf16_panel panel;
     memset(panel.sums, 0, sizeof panel.sums);
@@ -373,8 +375,8 @@ static void matmul_BF16(const struct ggml_matrix * w, const struct ggml_input * 
         config.colsb[tile] = 64;
     }
     tile_configure(&config);
-    for (size_t t = 0; t < in->n; t += BF16_VECTORS)
-        for (size_t row = first; row < last; row += STRIPES * GGML_STRIPE)
+    for (size_t row = first; row < last; row += BF16_STRIPES * GGML_STRIPE)
+        for (size_t t = 0; t < in->n; t += BF16_VECTORS)
             bf16_rows_times(w, in, t, y, ldy, row, last);
     tile_release();
 }

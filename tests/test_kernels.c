@@ -240,6 +240,7 @@ static void test_emulated_amx(void) {
     kernels.isa = "amx, emulated";
     emulate_tiles();
     test_many_vectors(&kernels);
+    test_matmul(&kernels, GGML_TYPE_BF16, 90, 300, 150, NORMAL_WEIGHTS, NORMAL_INPUT);
     test_underflow(&kernels);
     printf("%s: %d checks\n", kernels.isa, passed + failed - before);
 }
