@@ -21,10 +21,17 @@ GGML_INLINE int bytes_ahead(int n) {
     return n == 1 ? 2048 : n <= 6 ? 0 : 8192;
 }
 
+/* Compilers do not agree on whether __m512bh is __m512i and may be cast to it. */
+GGML_INLINE __m512bh pairs(__m512i words) {
+    __m512bh to;
+    memcpy(&to, &words, sizeof to);
+    return to;
+}
+
 GGML_INLINE __m512bh broadcast_pair(const uint8_t * from) {
     int32_t pair;
     memcpy(&pair, from, sizeof pair);
-    return (__m512bh)_mm512_set1_epi32(pair);
+    return pairs(_mm512_set1_epi32(pair));
 }
 
 /* sum = words [first, first + 8) of stripes times n vectors, which lie `act_size` apart. */
@@ -40,7 +47,7 @@ GGML_INLINE void words_times(int stripes, int n, const uint8_t * const * block, 
         __m512bh words[STRIPES];
 #pragma GCC unroll 2
         for (int s = 0; s < stripes; s++) {
-            words[s] = (__m512bh)_mm512_loadu_si512(block[s] + 64 * p);
+            words[s] = pairs(_mm512_loadu_si512(block[s] + 64 * p));
             if (bytes_ahead(n))
                 _mm_prefetch((const char *)block[s] + 64 * p + bytes_ahead(n), _MM_HINT_T1);
         }
@@ -147,7 +154,8 @@ static void bf16_act(size_t n, const float * x, uint8_t * act) {
         const uint32_t lanes = left < 32 ? (1u << left) - 1 : UINT32_MAX;
         const __m512 low = _mm512_maskz_loadu_ps((__mmask16)lanes, x + k);
         const __m512 high = _mm512_maskz_loadu_ps((__mmask16)(lanes >> 16), x + k + 16);
-        const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+        const __m512i rounded = _mm512_loadu_si512(&both);
         _mm512_storeu_si512(act, _mm512_permutexvar_epi16(order, rounded));
     }
 }
