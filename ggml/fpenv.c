@@ -3,7 +3,7 @@
 
 #include "kernels.h"
 
-#if defined(__x86_64__) || defined(__SSE__) || defined(_M_X64)
+#if defined(__x86_64__) || defined(__SSE__) || defined(_M_X64) || defined(_M_IX86)
 #include <xmmintrin.h>
 
 /* All exceptions masked, round to nearest, no flush-to-zero, no denormals-are-zero. */
