@@ -16,7 +16,7 @@
 #include "ggml.h"
 
 struct ggml_layout {
-    uint8_t size; /* weights per block; 0 for FP32 and FP16, which have no blocks */
+    uint8_t size; /* weights per block; 0 for FP32, FP16 and BF16: no blocks */
     uint8_t bits; /* of a code: 4, 5 or 8 */
     uint8_t zero; /* the code that means 0; Q8_0's codes are signed */
     bool min;     /* has m */

@@ -76,8 +76,7 @@ GGML_INLINE int ggml_bf16_column(int p) {
     return p % 8 * 4 + p / 8;
 }
 
-/* ---- Blocks of rows ---------------------------------------------------------------------------
- */
+/* ---- Blocks of rows ------------------------------------------------------------------------- */
 
 /* How many rows of a mapped matrix many vectors should meet before the next rows are read: what
  * half a megabyte of cache holds, in whole tiles, at most `most`. */
