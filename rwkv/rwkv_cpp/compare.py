@@ -214,23 +214,29 @@ def draw(path: Path, rows: Sequence[Row], base_format: str) -> None:
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    for row in rows:
-        size = row.n_bytes / 1e6
+    for number, row in enumerate(rows):
+        look = {"color": f"C{number % 10}", "marker": "osD^v"[number % 5], "label": row.format_name}
         other = row.comparison
         for axes, mean in ((upper, other.divergence), (lower, other.loss_difference)):
             if axes is upper and mean.value <= 0:  # has no place on a logarithmic axis
                 continue
             error = 0 if math.isnan(mean.error) else mean.error
-            axes.errorbar(size, mean.value, error, fmt="o", markersize=4, capsize=3, color="C0")
-            axes.annotate(
-                row.format_name, (size, mean.value), (5, 4), textcoords="offset points", fontsize=8
+            axes.errorbar(
+                row.n_bytes / 1e6,
+                mean.value,
+                error,
+                linestyle="none",
+                markersize=5,
+                capsize=3,
+                **look,
             )
     upper.set(yscale="log", ylabel=f"KL divergence from {base_format}, nats")
     lower.set(ylabel="change of the loss, nats per token", xlabel="file, MB")
     lower.axhline(0, color="gray", linewidth=0.8)
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
-        axes.margins(x=0.12)
+        axes.margins(0.1)
+    lower.legend(fontsize="small")
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
