@@ -331,6 +331,11 @@ def test_wrong_options(home, tmp_path, arguments, code, error):
     assert code == 2 or done.stderr.count("\n") == 1
 
 
+def test_mirostat_takes_the_place_of_the_style_s_cuts(home):
+    done = rwkv("chat", "-n", "5", "--mirostat", "2", input="hello\n", env=home)
+    assert (done.returncode, len(done.stdout.strip()) > 0) == (0, True), done.stderr
+
+
 def test_only_the_start_text_is_kept_beside_the_conversation(home, tmp_path):
     for _ in range(2):
         rwkv("chat", "-n", "1", input="a secret\n+gen a secret\n+qa a secret\n", env=home)

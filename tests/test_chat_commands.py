@@ -402,6 +402,9 @@ def test_settings(session):
     assert notes == [f"top_k = 0: {FIELDS['top_k'].help} (>= 0)"]
     session("/settings temperature=1 top_p=2")
     assert conversation.sampling.temperature == 0  # all or nothing
+    session("/settings temperature=1 top_p=0.7")
+    assert session("/settings mirostat=2") == ([], [])
+    assert conversation.sampling == Sampling(mirostat=2)
 
 
 def test_help_has_all(session):

@@ -390,6 +390,14 @@ def test_fields_are_brought_to_plain_types():
     assert kept.logit_bias == {1: 1.0}
 
 
+def test_switching_mirostat_on_lets_go_of_the_cuts():
+    cut = Sampling(top_p=0.5, top_k=5, seed=1)
+    assert cut.changed(mirostat=2, seed=3) == Sampling(mirostat=2, seed=3)
+    assert cut.changed(mirostat=0, top_k=6) == Sampling(top_p=0.5, top_k=6, seed=1)
+    with pytest.raises(ValueError, match="top_k: mirostat takes its place"):
+        cut.changed(mirostat=2, top_k=5)
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [

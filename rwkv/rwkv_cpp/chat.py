@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -277,7 +276,7 @@ def command(
                 form = form or styles.find(model.style)
                 conversation = Conversation(model, form, progress=screen.progress, starts=starts)
             conversation.state  # noqa: B018 - read before the first message is asked for
-        conversation.sampling = replace(conversation.sampling, **sampling)
+        conversation.sampling = conversation.sampling.changed(**sampling)
         conversation.max_tokens = max_tokens or conversation.max_tokens
         chat = Chat(conversation, saved.name if saved else store.new_name(), store, screen)
         if on_terminal:

@@ -8,7 +8,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from . import styles
@@ -274,7 +274,7 @@ class Chat:
             else:
                 changes[name] = value_of(name, text)
         max_tokens = changes.pop("max_tokens", conversation.max_tokens)
-        conversation.sampling = replace(conversation.sampling, **changes)
+        conversation.sampling = conversation.sampling.changed(**changes)
         conversation.max_tokens = max_tokens
         if not argument:
             width = max(map(len, FIELDS))

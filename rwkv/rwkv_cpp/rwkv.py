@@ -327,7 +327,7 @@ class RWKV:
         if sampling is not None and not isinstance(sampling, Sampling):
             raise TypeError(f"sampling: expected a Sampling, found {sampling!r}")
         rules = Rules(**told)
-        sampling = replace(sampling or Sampling(), **options)
+        sampling = (sampling or Sampling()).changed(**options)
         if rules.logprobs is not None:
             as_integer(rules.logprobs, "logprobs", 0, self.n_vocab)
         for token in rules.stop_tokens:

@@ -20,7 +20,7 @@ import math
 import operator
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -181,6 +181,12 @@ class Sampling:
             check = _CHECKS[info.kind]
             object.__setattr__(self, name, check(name, getattr(self, name), info))
         self._check_together()
+
+    def changed(self, **values: Any) -> Sampling:
+        """The same with other values in some fields. Switching mirostat on lets go of the cuts."""
+        if values.get("mirostat"):
+            values = {name: getattr(Sampling, name) for name in CUTS} | values
+        return replace(self, **values)
 
     def _check_together(self) -> None:
         if both := set(self.banned_tokens) & set(self.forced_tokens):
