@@ -132,7 +132,7 @@ def test_ctrl_c_while_a_message_is_read(start, store, tmp_path):
     terminal.press(f"\x1b[200~{text}\x1b[201~\r")
     terminal.wait_for("reading")
     terminal.press("\x03")
-    terminal.wait_for("stopped before an answer")
+    terminal.wait_for(r"stopped before an answer\s+ROMEO:$")
     assert store.all() == []
     answered(terminal, "hello", 1)
     assert len(store.latest().turns) == 1
