@@ -100,6 +100,17 @@ def test_bf16_in_odd_sizes(tmp_path, sizes, name):
     assert_same_bits(core_state, state.ravel())
 
 
+def test_quantized_head_beside_bf16(tmp_path, tensors):
+    path, tokens = tmp_path / "model.bin", TOKENS[:20]
+    file = write_model(path, tensors, "FP16")
+    file["head.weight"] = quants.Tensor.of(101, "Q8_0", file["head.weight"].values())
+    logits, state = canonical.forward(file, tokens, activations="bf16")
+    with RWKVModel(None, path, 2, activations="bf16", head="Q8_0") as model:
+        core_logits, core_state = evaluate(model, tokens)
+    assert_same_bits(core_logits, logits)
+    assert_same_bits(core_state, state.ravel())
+
+
 @pytest.mark.parametrize("name", sorted({name for _, name in QUANTIZED}))
 @pytest.mark.parametrize("plain", quants.PLAIN)
 def test_head_quantized_while_loading(tmp_path, tensors, plain, name):
