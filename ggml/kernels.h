@@ -78,11 +78,14 @@ GGML_INLINE int ggml_bf16_column(int p) {
 
 /* ---- Blocks of rows ------------------------------------------------------------------------- */
 
-/* How many rows of a mapped matrix many vectors should meet before the next rows are read: what
- * half a megabyte of cache holds, in whole tiles, at most `most`. */
-GGML_INLINE size_t ggml_cached_rows(size_t row_size, size_t tile, size_t most) {
+/* How many rows of a mapped matrix should meet all n vectors, in groups of up to `group`, before
+ * the next rows are read: what half a megabyte of cache holds, in whole tiles, at most `most`. A
+ * single group meets each row once, and nothing has to stay. */
+GGML_INLINE size_t ggml_cached_rows(size_t n, size_t group, size_t row_size, size_t tile,
+                                    size_t most) {
     const size_t rows = ((size_t)512 << 10) / row_size / tile * tile;
-    return rows < tile ? tile : rows < most ? rows : most;
+    if (n <= group || rows > most) return most;
+    return rows < tile ? tile : rows;
 }
 
 /* ---- Activations ---------------------------------------------------------------------------- */

@@ -232,7 +232,7 @@ GGML_INLINE void matmul_floats(bool wide, const struct ggml_matrix * w,
         matmul_vector(wide, w, in->x, y, first, last);
         return;
     }
-    const size_t block = ggml_cached_rows(w->cols * (wide ? 4 : 2), TILE, BLOCK);
+    const size_t block = ggml_cached_rows(in->n, GROUP, w->cols * (wide ? 4 : 2), TILE, BLOCK);
     for (size_t row = first; row < last; row += block) {
         const size_t end = last - row < block ? last : row + block;
         size_t n;

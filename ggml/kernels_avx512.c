@@ -385,7 +385,7 @@ GGML_INLINE void matmul_rows(bool wide, const struct ggml_matrix * w, const stru
                              float * y, size_t ldy, size_t first, size_t last) {
     _Alignas(64) float panel[DEPTH * GROUP];
     __m512 sums[BLOCK][GROUP];
-    const size_t block = ggml_cached_rows(w->cols * (wide ? 4 : 2), TILE, BLOCK);
+    const size_t block = ggml_cached_rows(in->n, GROUP, w->cols * (wide ? 4 : 2), TILE, BLOCK);
     for (size_t row = first; row < last; row += block) {
         const size_t end = last - row < block ? last : row + block;
         size_t n;

@@ -134,8 +134,7 @@ static void matmul_BF16(const struct ggml_matrix * w, const struct ggml_input * 
                         size_t ldy, size_t first, size_t last) {
     const size_t stripe_size = ggml_stripe_size(GGML_TYPE_BF16, w->cols);
     const size_t most = last - first, tile = STRIPES * GGML_STRIPE;
-    const size_t rows =
-        in->n > VECTORS ? ggml_cached_rows(stripe_size / GGML_STRIPE, tile, most) : most;
+    const size_t rows = ggml_cached_rows(in->n, VECTORS, stripe_size / GGML_STRIPE, tile, most);
     const uint64_t saved = ggml_fp_flush();
     for (size_t row = first; row < last; row += rows)
         rows_times(w, in, y, ldy, row, last - row < rows ? last : row + rows);
