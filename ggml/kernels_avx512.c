@@ -297,7 +297,7 @@ GGML_INLINE void matmul_vector(bool wide, const struct ggml_matrix * w, const fl
  * panel of DEPTH columns, interleaved in the order of use: rows of a power of two would meet in one
  * set of the cache. From panel to panel, the sums of BLOCK rows wait in memory. (8 vectors, FP16:
  * without the panel and prefetching 57 % of the peak; without `keep` 78 % of what it is.) */
-enum { TILE = 3, GROUP = 8, DEPTH = 1024, BLOCK = 48 };
+enum { TILE = 3, GROUP = 8, DEPTH = 2048, BLOCK = 48 };
 
 /* Columns [k, k + depth) of n vectors from t on, for each 16 of them n times 16; 0 past the end. */
 GGML_INLINE void fill_panel(int n, const struct ggml_input * in, size_t t, size_t k, size_t depth,
