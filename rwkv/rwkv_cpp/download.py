@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import DownloadFailed
+from .errors import DownloadFailed, first_line
 from .ggmf import recognise
 from .progress import Progress
 from .registry import Source
@@ -295,7 +295,7 @@ def _failures(source: Source) -> Iterator[None]:
             f"{source.file} must be fetched from the network, which HF_HUB_OFFLINE forbids"
         ) from None
     except (HfHubHTTPError, ValueError) as error:
-        raise DownloadFailed(f"{source.file}: {_first_line(error)}") from None
+        raise DownloadFailed(f"{source.file}: {first_line(error)}") from None
     except OSError:  # the disk's
         raise
     except Exception as error:  # the HTTP package's own, whose name depends on the client's version
@@ -303,8 +303,4 @@ def _failures(source: Source) -> Iterator[None]:
             raise DownloadFailed(
                 f"{source.file}: the server answered {response.status_code}"
             ) from None
-        raise _Interrupted(f"{source.file}: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        raise _Interrupted(f"{source.file}: {first_line(error)}") from None

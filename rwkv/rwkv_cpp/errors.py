@@ -43,3 +43,8 @@ class VocabularyNotFound(RWKVError):
 
 class NonFiniteLogits(RWKVError):
     """Logits hold NaN or infinity where a token has to be chosen."""
+
+
+def first_line(error: Exception) -> str:
+    """What another package's exception says, for a message of ours; its name if it is silent."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .atomic import replacing
-from .errors import RWKVFileError, VocabularyNotFound
+from .errors import RWKVFileError, VocabularyNotFound, first_line
 
 MAX_VOCABULARY_BYTES = 64 << 20  # the published files have 1 and 2.5 MB
 MAX_LINE_CHARACTERS = 4096  # the longest line of the published World file has 140
@@ -327,7 +327,7 @@ def _find(
         try:
             content = _download(vocabulary.name, repository, kind)
         except Exception as error:  # the hub's client lets those of its HTTP package through
-            tried.append(f"{place}: {_first_line(error)}")
+            tried.append(f"{place}: {first_line(error)}")
             continue
         if not _is_published(content, vocabulary):
             tried.append(f"{place}: its file is not the published one")
@@ -370,10 +370,6 @@ def _download(name: str, repository: str, kind: str) -> bytes:
     response = huggingface_hub.get_session().get(url, timeout=DOWNLOAD_TIMEOUT_SECONDS)
     response.raise_for_status()
     return response.content
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _read(path: Path) -> bytes:
