@@ -55,7 +55,7 @@ class Fingerprint:
     @property
     def exact(self) -> str:
         if self._exact is None:
-            self._exact = self._unchanged(exact_id(self._path))
+            self._exact = self._unchanged(_exact_id(self._path, self.family))
         return self._exact
 
     def _unchanged(self, value: str) -> str:
@@ -100,8 +100,12 @@ def exact_id(path: Path) -> str:
 
     Raises RWKVFileError if it is no model file.
     """
+    return _exact_id(path, family_id(path))
+
+
+def _exact_id(path: Path, family: str) -> str:
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    digest.update(bytes.fromhex(family_id(path)))
+    digest.update(bytes.fromhex(family))
     _, records = read_index(path)
     with open_regular(path) as file:
         for record in _sorted(records):
