@@ -247,8 +247,8 @@ def test_pipe_with_anything_in_it(home, store):
     assert b"Traceback" not in done.stderr
 
 
-def test_reader_that_goes_away(home):
-    """I-03"""
+def endless_answer(home):
+    """A chat that was asked through a pipe and does not come to an end."""
     process = subprocess.Popen(
         [*CONSOLE, "chat", "-n", "1000000", "--ban", "10"],
         env=home,
@@ -257,6 +257,12 @@ def test_reader_that_goes_away(home):
         stderr=subprocess.PIPE,
     )
     process.stdin.write(b"Tell me a tale.\n")
+    return process
+
+
+def test_reader_that_goes_away(home):
+    """I-03"""
+    process = endless_answer(home)
     process.stdin.close()
     process.stdout.read(10)
     process.stdout.close()
@@ -267,14 +273,7 @@ def test_reader_that_goes_away(home):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals there")
 def test_ctrl_c_ends_a_pipe(home):
-    process = subprocess.Popen(
-        [*CONSOLE, "chat", "-n", "1000000", "--ban", "10"],
-        env=home,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    process.stdin.write(b"Tell me a tale.\n")
+    process = endless_answer(home)
     process.stdin.flush()
     process.stdout.read(10)
     process.send_signal(signal.SIGINT)
