@@ -824,6 +824,26 @@ size_t rwkv_get_row_size(uint32_t file_version, uint32_t data_type, size_t n) {
     return ggml_row_size(type, n);
 }
 
+bool rwkv_convert_row(uint32_t version_in, uint32_t type_in, const void * in, uint32_t version_out,
+                      uint32_t type_out, void * out, size_t n) {
+    return guard(nullptr, [&] {
+        need(in != nullptr, "in");
+        need(out != nullptr, "out");
+        const std::pair<uint32_t, uint32_t> formats[] = {{version_in, type_in},
+                                                         {version_out, type_out}};
+        for (const auto & [version, type] : formats) {
+            if (rwkv_get_row_size(version, type, n) != 0) continue;
+            fail(RWKV_ERROR_ARGS | RWKV_ERROR_DATA_TYPE,
+                 "files of version %u have no rows of %zu weights in data type %u", version, n,
+                 type);
+        }
+        const Team alone(Pool(), 1);  // for its floating-point environment
+        ggml_convert_row(ggml_type_of_file(version_in, type_in), in,
+                         ggml_type_of_file(version_out, type_out), out, n);
+        return true;
+    });
+}
+
 uint32_t rwkv_get_api_version(void) {
     return RWKV_API_VERSION;
 }

@@ -38,7 +38,7 @@
 
 /* The API this header describes: major * 1000 + minor. A binding needs the same major and at least
  * its minor from rwkv_get_api_version(). */
-#define RWKV_API_VERSION 1001
+#define RWKV_API_VERSION 1002
 
 #define RWKV_FILE_MAGIC 0x67676d66
 #define RWKV_FILE_VERSION_0 100
@@ -280,6 +280,15 @@ RWKV_API const char * rwkv_get_format_name(uint32_t data_type);
 /* Bytes of a row of n weights, or 0 if files of that version have no such type, if n is not a
  * multiple of 32 and the type is quantized, or if n is 2^32 or more. */
 RWKV_API size_t rwkv_get_row_size(uint32_t file_version, uint32_t data_type, size_t n);
+
+/* Writes a row of n weights, as files of version_in hold it in type_in, the way that files of
+ * version_out hold it in type_out. Between the versions of one format the codes stay and only the
+ * scales are rounded; between formats the weights are dequantized and quantized by the rule of the
+ * other. A scale or a weight may become infinite. Rows of multiples of 32 weights that lie one
+ * after the other may be given as one. `in` and `out`: rwkv_get_row_size(…, n) bytes, apart from
+ * each other. Since 1002. */
+RWKV_API bool rwkv_convert_row(uint32_t version_in, uint32_t type_in, const void * in,
+                               uint32_t version_out, uint32_t type_out, void * out, size_t n);
 
 /* ---- This library --------------------------------------------------------------------------- */
 

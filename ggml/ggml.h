@@ -67,6 +67,11 @@ size_t ggml_row_size(enum ggml_type type, size_t n);
 void ggml_quantize_row(enum ggml_type type, const float * x, void * row, size_t n);
 void ggml_dequantize_row(enum ggml_type type, const void * row, float * x, size_t n);
 
+/* A row of `from` as one of `to`. Between two layouts of one format the codes stay and the scales
+ * are rounded; between formats the weights are dequantized and quantized. */
+void ggml_convert_row(enum ggml_type from, const void * row, enum ggml_type to, void * out,
+                      size_t n);
+
 /* ---- Matrices ------------------------------------------------------------------------------- */
 
 #define GGML_STRIPE 16 /* rows that are interleaved in a stripe */

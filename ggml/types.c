@@ -91,3 +91,29 @@ void ggml_dequantize_row(enum ggml_type type, const void * row, float * x, size_
         if (ggml_block_has_outlier(&block)) x[i + block.index % 32] = block.outlier;
     }
 }
+
+void ggml_convert_row(enum ggml_type from, const void * row, enum ggml_type to, void * out,
+                      size_t n) {
+    const uint8_t * in = row;
+    uint8_t * bytes = out;
+    if (from == to) {
+        memcpy(out, row, ggml_row_size(to, n));
+    } else if (types[from].traits.file_id == types[to].traits.file_id) {
+        for (size_t i = 0; i < n; i += types[from].traits.block_size) {
+            struct ggml_block block;
+            ggml_block_unpack(from, in, &block);
+            ggml_block_pack(to, &block, bytes);
+            in += types[from].traits.block_bytes;
+            bytes += types[to].traits.block_bytes;
+        }
+    } else {
+        for (size_t i = 0; i < n; i += GGML_ROW_UNIT) {
+            float x[GGML_ROW_UNIT];
+            const size_t count = n - i < GGML_ROW_UNIT ? n - i : GGML_ROW_UNIT;
+            ggml_dequantize_row(from, in, x, count);
+            ggml_quantize_row(to, x, bytes, count);
+            in += ggml_row_size(from, count);
+            bytes += ggml_row_size(to, count);
+        }
+    }
+}

@@ -401,3 +401,43 @@ def test_row_sizes(library, version, name):
     if name not in quants.PLAIN:
         assert library.rwkv_get_row_size(version, data_type, 40) == 0
     assert library.rwkv_get_row_size(102, data_type, 64) == 0
+
+
+FORMATS = [(version, name) for version in (100, 101) for name in quants.PLAIN] + [*quants.LAYOUTS]
+
+
+@pytest.mark.parametrize("source", FORMATS)
+def test_rows_of_one_format_in_another(library, source):
+    def convert(row: np.ndarray, target: tuple[int, str], n: int) -> np.ndarray:
+        out = np.zeros(quants.row_bytes(*target, n), np.uint8)
+        (version, name), (new, into) = source, target
+        numbers = quants.TYPE_IDS[name], quants.TYPE_IDS[into]
+        library.rwkv_convert_row(
+            version, numbers[0], row.ctypes.data, new, numbers[1], out.ctypes.data, n
+        )
+        return out
+
+    values = np.random.default_rng(1).standard_normal((1, 96)).astype(np.float32)
+    row = quants.quantize(*source, values)
+    for version, name in FORMATS:
+        if name == source[1] and name not in quants.PLAIN:
+            expected = quants.pack(version, name, quants.unpack(*source, row))
+        else:
+            expected = quants.quantize(version, name, quants.dequantize(*source, row, 96))
+        assert np.array_equal(convert(row, (version, name), 96), expected.reshape(-1)), name
+    if source[1] in quants.PLAIN:
+        short = convert(row, (101, "FP16"), 35)
+        assert np.array_equal(short, convert(row, (101, "FP16"), 96)[: 2 * 35])
+
+
+def test_rows_that_cannot_be_converted(library):
+    at = np.zeros(64, np.uint8).ctypes.data
+    for arguments, text in (
+        ((101, 5, at, 101, 9, at, 32), "version 101 have no rows of 32 weights in data type 5"),
+        ((101, 0, at, 101, 9, at, 31), "version 101 have no rows of 31 weights in data type 9"),
+        ((101, 0, at, 102, 0, at, 1), "version 102"),
+        ((101, 99, at, 101, 99, at, 0), "rows of 0 weights in data type 99"),
+        ((101, 0, 0, 101, 0, at, 1), "in"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            library.rwkv_convert_row(*arguments)

@@ -33,7 +33,7 @@ FilePath = str | bytes | os.PathLike[Any]
 Progress = Callable[[int, int], object]
 """Called as (bytes done, bytes in all), possibly from another thread; an exception cancels."""
 
-API_VERSION = 1001  # of the rwkv.h that this module mirrors: major * 1000 + minor
+API_VERSION = 1002  # of the rwkv.h that this module mirrors: major * 1000 + minor
 FILE_NAME = {"win32": "rwkv.dll", "cygwin": "rwkv.dll", "darwin": "librwkv.dylib"}.get(
     sys.platform, "librwkv.so"
 )
@@ -175,6 +175,16 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {  # result, arguments
     "rwkv_quantize_model_file": (c_bool, c_char_p, c_char_p, c_void_p),
     "rwkv_get_format_name": (c_char_p, c_uint32),
     "rwkv_get_row_size": (c_size_t, c_uint32, c_uint32, c_size_t),
+    "rwkv_convert_row": (
+        c_bool,
+        c_uint32,
+        c_uint32,
+        c_void_p,
+        c_uint32,
+        c_uint32,
+        c_void_p,
+        c_size_t,
+    ),
     "rwkv_get_api_version": (c_uint32,),
     "rwkv_get_system_info_string": (c_char_p,),
     "rwkv_measure": (c_bool, c_uint32, c_uint64, ctypes.POINTER(_Limits)),
@@ -664,6 +674,28 @@ class RWKVSharedLibrary:
             as_integer(file_version, "file_version", 0, 2**32 - 1),
             as_integer(data_type, "data_type", 0, 2**32 - 1),
             as_integer(n, "n", 0, sys.maxsize),
+        )
+
+    def rwkv_convert_row(
+        self,
+        version_in: int,
+        type_in: int,
+        in_address: int,
+        version_out: int,
+        type_out: int,
+        out_address: int,
+        n: int,
+    ) -> None:
+        """Write a row of `n` weights of one format in another one; see rwkv.h."""
+        numbers = (version_in, type_in, version_out, type_out)
+        version_in, type_in, version_out, type_out = (
+            as_integer(number, "a version or type", 0, 2**32 - 1) for number in numbers
+        )
+        n = as_integer(n, "n", 0, sys.maxsize)
+        self._check(
+            self._c.rwkv_convert_row(
+                version_in, type_in, in_address, version_out, type_out, out_address, n
+            )
         )
 
     # This library
