@@ -12,8 +12,6 @@ from rwkv_cpp import RWKVFileError, RWKVModel, load_tokenizer
 from rwkv_cpp.perplexity import (
     first_tokens,
     measure,
-    read_documents,
-    read_text,
     refuse_another_model,
 )
 
@@ -177,28 +175,6 @@ def test_bases_that_do_not_fit(model, paths, tmp_path):
     refuse_another_model(paths / "Q4_0.bin", paths / "FP32.bin")
     with pytest.raises(RWKVFileError, match=r"other\.bin: is another model than .*FP32\.bin"):
         refuse_another_model(paths / "FP32.bin", paths / "other.bin")
-
-
-def test_text_that_is_not_utf8(tmp_path):
-    (tmp_path / "text").write_bytes(b"abc\xff")
-    with pytest.raises(RWKVFileError, match="not UTF-8 at offset 3"):
-        read_text(tmp_path / "text")
-    assert rwkv("perplexity", "-", input=b"\xff").stderr == b"error: stdin: not UTF-8 at offset 0\n"
-
-
-def test_json_lines(tmp_path):
-    path = tmp_path / "texts.jsonl"
-    path.write_text('{"text": "a\\nb", "id": 1}\n\n{"text": "é\u2028"}\r\n', "utf-8")
-    assert read_documents(path) == ["a\nb", "é\u2028"]
-    for line, message in (
-        ("{", "line 2 is not JSON"),
-        ("[]", r"line 2: expected {\"text\": \"…\"}, found '\[\]'"),
-        ('{"text": 3}', "line 2: expected"),
-        ('"text"', "line 2: expected"),
-    ):
-        path.write_text(f'{{"text": ""}}\n{line}\n')
-        with pytest.raises(RWKVFileError, match=message):
-            read_documents(path)
 
 
 def test_limit():

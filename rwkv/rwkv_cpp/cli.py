@@ -32,6 +32,7 @@ COMMANDS = {
     "compare": (".compare", "Make a table of what a model loses and gains in each format."),
     "bench": (".bench", "Measure how fast a model runs, beside this machine's limits."),
     "info": (".info", "Show what a model file holds, the memory it takes and this library."),
+    "prepare-data": (".prepare_data", "Write texts as tokens, for training."),
     "train": (".train", "Train a small RWKV-4 on a text file, from scratch."),
 }
 _SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}

@@ -29,12 +29,12 @@ from .perplexity import (
     first_tokens,
     measure,
     members,
-    read_texts,
     text_options,
 )
 from .progress import Progress, progress_bar
 from .quantize import file_formats, format_name_of
 from .scoring import Mean
+from .texts import read_texts
 from .tokenizer import Tokenizer, load_tokenizer
 
 

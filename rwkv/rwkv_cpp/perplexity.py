@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from .model import RWKVModel, embedded_model
 from .models import find_model
 from .progress import progress_bar
 from .scoring import Comparisons, Mean, Scores, independent_blocks, mean, score
+from .texts import read_texts
 from .tokenizer import Tokenizer, load_tokenizer
 
 Figure = int | float | Mean
@@ -148,45 +148,6 @@ def refuse_another_model(path: Path, base: Path) -> None:
 
 
 # ---- Texts ---------------------------------------------------------------------------------------
-
-
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, - for stdin. Raises RWKVFileError for other encodings."""
-    is_stdin = str(path) == "-"
-    data = sys.stdin.buffer.read() if is_stdin else path.read_bytes()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise RWKVFileError(f"{_name(path)}: not UTF-8 at offset {error.start}") from None
-
-
-def read_texts(path: Path, is_documents: bool) -> list[str]:
-    """The file as one text, or as documents."""
-    return read_documents(path) if is_documents else [read_text(path)]
-
-
-def read_documents(path: Path) -> list[str]:
-    """The texts of a file of JSON Lines, - for stdin: `{"text": "…"}` a line; empty lines count for
-    nothing. Raises RWKVFileError, with the line."""
-    texts = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)
-        except ValueError as error:
-            raise RWKVFileError(f"{_name(path)}: line {number} is not JSON: {error}") from None
-        text = document.get("text") if isinstance(document, dict) else None
-        if not isinstance(text, str):
-            raise RWKVFileError(
-                f'{_name(path)}: line {number}: expected {{"text": "…"}}, found {line[:60]!r}'
-            )
-        texts.append(text)
-    return texts
-
-
-def _name(path: Path) -> str:
-    return "stdin" if str(path) == "-" else str(path)
 
 
 def first_tokens(documents: Sequence[list[int]], limit: int | None) -> list[list[int]]:

@@ -37,11 +37,15 @@ DOWNLOAD_TIMEOUT_SECONDS = 10.0  # to connect, and between two pieces
 class Tokenizer(abc.ABC):
     """A table of tokens, and a rule to cut text into them.
 
-    n_vocab is the model's, and may exceed the highest id: some models have unused ids.
+    n_vocab is the model's, and may exceed the highest id: some models have unused ids. Given as
+    None, it is that of the ids.
     """
 
-    def __init__(self, n_vocab: int, table: dict[int, bytes]) -> None:
-        if (highest := max(table)) >= n_vocab:
+    def __init__(self, n_vocab: int | None, table: dict[int, bytes]) -> None:
+        highest = max(table)
+        if n_vocab is None:
+            n_vocab = highest + 1
+        elif highest >= n_vocab:
             raise RWKVFileError(
                 f"holds ids up to {highest}, the model only {n_vocab} tokens:"
                 " pass the vocabulary that the model was trained with"
@@ -100,7 +104,7 @@ class ByteTokenizer(Tokenizer):
 class WorldTokenizer(Tokenizer):
     """Greedy longest match: at each place the longest token that the text goes on with."""
 
-    def __init__(self, n_vocab: int, tokens: list[bytes]) -> None:
+    def __init__(self, n_vocab: int | None, tokens: list[bytes]) -> None:
         """tokens: those of ids 1, 2, …; all different, none empty, every single byte among them."""
         super().__init__(n_vocab, dict(enumerate([b"", *tokens])))
         # The trie as one dict: every beginning of a token leads to the longest token that it begins
@@ -141,7 +145,7 @@ class BPETokenizer(Tokenizer):
     The text is brought to NFC first, as the models' training text was: decoding gives that.
     """
 
-    def __init__(self, n_vocab: int, definition: bytes) -> None:
+    def __init__(self, n_vocab: int | None, definition: bytes) -> None:
         """definition: the content of the JSON file. Raises RWKVFileError if it is not one."""
         import tokenizers
 
@@ -249,6 +253,23 @@ def load_tokenizer(
         f"no tokenizer is known for {n_vocab} tokens (only for 256, {known}):"
         " pass the path of the vocabulary file"
     )
+
+
+def tokenizer_named(name: str) -> Tokenizer:
+    """The tokenizer for a text that no model is given with: bytes, 20B or world, in any case, or
+    the path of a vocabulary file, for as many tokens as that has.
+
+    Raises ValueError for an unknown name, and as `load_tokenizer` does.
+    """
+    n_vocab = {"bytes": 256, "20b": 50277, "world": 65536}.get(name.lower())
+    if n_vocab is not None:
+        return load_tokenizer(n_vocab)
+    path = Path(name)
+    if not path.exists():
+        raise ValueError(
+            f"unknown tokenizer '{name}' (choose bytes, 20B, world or the path of a file)"
+        )
+    return _parse(_read(path), None, f"'{path}'")
 
 
 def vocabulary_folder() -> Path:
@@ -384,7 +405,7 @@ def _read(path: Path) -> bytes:
         raise RWKVFileError(f"vocabulary '{path}': {error.strerror}") from error
 
 
-def _parse(content: bytes, n_vocab: int, source: str) -> Tokenizer:
+def _parse(content: bytes, n_vocab: int | None, source: str) -> Tokenizer:
     try:
         if content.lstrip().startswith(b"{"):
             return BPETokenizer(n_vocab, content)
