@@ -118,10 +118,18 @@ class Buffer {
     uint64_t size_ = 0;
 };
 
+// A matrix that can be quantized.
+struct MatrixInfo {
+    std::string name;
+    size_t cols;
+};
+
 struct Model {
     Shape shape = {};
     const ggml_kernels * kernels = nullptr;
     Weights weights;
+    std::vector<MatrixInfo> matrices;
+    size_t n_inputs = 0;  // columns of all matrices
     Mapping mapping;
     Buffer arena;  // all of the model that is private memory
     Pool pool;
@@ -299,7 +307,11 @@ std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & o
         const uint64_t size = private_size(tensor, type, options.mmap);
         const uint8_t * data = size > 0 ? next : model->mapping.data() + tensor.offset;
         Weight & weight = weight_of(model->weights, tensor);
-        weight = {{type, tensor.rows, tensor.cols, data, nullptr}};
+        weight = {{type, tensor.rows, tensor.cols, data, nullptr}, model->n_inputs};
+        if (kind_of(tensor) == MATRIX || kind_of(tensor) == HEAD) {
+            model->matrices.push_back({tensor.name, tensor.cols});
+            model->n_inputs += tensor.cols;
+        }
         if (type == GGML_TYPE_BF16) {
             pack_bf16(file, tensor, team, progress, next);
         } else if (is_packed(tensor, type)) {
@@ -369,6 +381,7 @@ struct rwkv_context : Reporter {
     Chunk chunk;
     std::vector<Run> runs;
     std::vector<Span> spans;
+    std::vector<double> squares;
 };
 
 namespace {
@@ -455,12 +468,14 @@ void check_overlaps(rwkv_context & ctx) {
 }
 
 // Checks the sequences and gives each its state and its place for hidden rows. Rows that become
-// logits come first, in the order of the sequences. Returns how many those are.
+// logits come first, in the order of the sequences. Returns how many those are. squares: as for
+// rwkv_eval_importances, or NULL.
 size_t start_runs(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_sequences,
-                  size_t sizeof_sequence) {
+                  size_t sizeof_sequence, const double * squares) {
     const Shape & shape = ctx.model->shape;
     ctx.runs.clear();
     ctx.spans.clear();
+    add_span(ctx.spans, squares, ctx.model->n_inputs, sizeof *squares, true);
     check_size(sizeof_sequence, sizeof(rwkv_sequence), sizeof(rwkv_sequence), "rwkv_sequence");
     add_span(ctx.spans, sequences, n_sequences, sizeof_sequence, false);
     size_t n_logits = 0, n_hidden = 0;
@@ -544,13 +559,18 @@ void write_results(const rwkv_context & ctx, const Pass & pass, size_t n_logits)
 }
 
 void evaluate(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_sequences,
-              size_t sizeof_sequence) {
+              size_t sizeof_sequence, double * squares) {
     const Turn turn(ctx.phase);
-    const size_t n_logits = start_runs(ctx, sequences, n_sequences, sizeof_sequence);
+    const size_t n_logits = start_runs(ctx, sequences, n_sequences, sizeof_sequence, squares);
     const Team team(ctx.model->pool, ctx.n_threads, [&] { turn.check(); });
     const Model & model = *ctx.model;
-    const Pass pass = {model.shape, model.weights, *model.kernels, ctx.activations,
-                       ctx.scratch, team,          ctx.chunk};
+    const size_t squares_size = squares == nullptr ? 0 : model.n_inputs * sizeof *squares;
+    ctx.squares.resize(squares_size / sizeof *squares);
+    if (squares != nullptr) std::memcpy(ctx.squares.data(), squares, squares_size);
+    Pass pass = {model.shape,    model.weights,
+                 *model.kernels, ctx.activations,
+                 ctx.scratch,    team,
+                 ctx.chunk,      squares == nullptr ? nullptr : ctx.squares.data()};
     for (size_t run = 0, token = 0; run < ctx.runs.size();) {
         next_chunk(ctx.chunk, ctx.runs, run, token);
         embed(pass);
@@ -561,6 +581,8 @@ void evaluate(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_sequ
         keep_hidden(pass);
     }
     turn.begin_writing();
+    if (squares != nullptr) std::memcpy((void *)squares, ctx.squares.data(), squares_size);
+    pass.squares = nullptr;  // they are complete: the head's inputs have been added already
     write_results(ctx, pass, n_logits);
 }
 
@@ -786,7 +808,26 @@ bool rwkv_eval_batch(rwkv_context * ctx, const rwkv_sequence * sequences, size_t
         need(ctx != nullptr, "ctx");
         if (n_sequences == 0) return true;
         need(sequences != nullptr, "sequences");
-        evaluate(*ctx, sequences, n_sequences, sizeof_sequence);
+        evaluate(*ctx, sequences, n_sequences, sizeof_sequence, nullptr);
+        return true;
+    });
+}
+
+const char * rwkv_get_matrix(const rwkv_context * ctx, size_t number, size_t * cols) {
+    if (ctx == nullptr || number >= ctx->model->matrices.size()) return nullptr;
+    const MatrixInfo & matrix = ctx->model->matrices[number];
+    if (cols != nullptr) *cols = matrix.cols;
+    return matrix.name.c_str();
+}
+
+bool rwkv_eval_importances(rwkv_context * ctx, const rwkv_sequence * sequences, size_t n_sequences,
+                           size_t sizeof_sequence, double * squares) {
+    return guard(ctx, [&] {
+        need(ctx != nullptr, "ctx");
+        need(squares != nullptr, "squares");
+        if (n_sequences == 0) return true;
+        need(sequences != nullptr, "sequences");
+        evaluate(*ctx, sequences, n_sequences, sizeof_sequence, squares);
         return true;
     });
 }

@@ -236,6 +236,21 @@ struct rwkv_sequence {
 RWKV_API bool rwkv_eval_batch(struct rwkv_context * ctx, const struct rwkv_sequence * sequences,
                               size_t n_sequences, size_t sizeof_sequence);
 
+/* Number 0, 1, … of the matrices that rwkv_quantize_file can quantize, the head among them: its
+ * name, which lives as long as ctx, and how many columns it has (cols may be NULL). NULL: there are
+ * no more. Since 1002. */
+RWKV_API const char * rwkv_get_matrix(const struct rwkv_context * ctx, size_t number,
+                                      size_t * cols);
+
+/* rwkv_eval_batch, which also adds the square of everything that a column of a matrix is multiplied
+ * with, token after token, to squares: a number for each column of the first matrix, then those of
+ * the second, and so on. Divided by the number of tokens they are the importances that
+ * rwkv_quantize_file takes. However tokens are grouped into calls, the same ones in the same order
+ * give the same bits. Since 1002. */
+RWKV_API bool rwkv_eval_importances(struct rwkv_context * ctx,
+                                    const struct rwkv_sequence * sequences, size_t n_sequences,
+                                    size_t sizeof_sequence, double * squares);
+
 /* From any thread: makes the evaluation that ctx is running fail soon, outputs unchanged. Does
  * nothing if none is running, or if the one running has begun to write its results. */
 RWKV_API void rwkv_interrupt(struct rwkv_context * ctx);

@@ -18,6 +18,8 @@ inline uint64_t aligned(uint64_t n) {
 
 /* A tensor in memory. A vector is FP32 and is used as floats. */
 struct Weight : ggml_matrix {
+    size_t first_input; /* of a matrix: where its columns begin among those of all matrices */
+
     operator const float *() const { return (const float *)data; }
 };
 

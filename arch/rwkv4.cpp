@@ -301,12 +301,21 @@ struct Forward : Pass {
     void multiply(const Weight & w, const Rows & in, const Rows & out, size_t first, size_t last,
                   size_t n_rows) const {
         const ggml_input input = {in.x, in.n, in.act, activations, n_rows};
+        if (squares != nullptr && first == 0) add_squares(w, in, n_rows);
         ggml_multiply(&kernels, &w, &input, out.x, out.n, first, last);
     }
 
     void multiply(const Weight & w, const Rows & in, const Rows & out, size_t first,
                   size_t last) const {
         multiply(w, in, out, first, last, chunk.n_rows);
+    }
+
+    // One thread does this for a matrix, row after row: the sums are always the same.
+    void add_squares(const Weight & w, const Rows & in, size_t n_rows) const {
+        double * sums = squares + w.first_input;
+        for (size_t t = 0; t < n_rows; t++) {
+            for (size_t k = 0; k < w.cols; k++) sums[k] += (double)in[t][k] * in[t][k];
+        }
     }
 
     // Mixes xx with that of the token before, as input of w.
@@ -428,6 +437,11 @@ struct Forward : Pass {
             float * hidden = run.hidden + (run.n_hidden - until_end) * n;
             kernels.layer_norm(n, s.x[t], weights.ln_out_weight, weights.ln_out_bias, hidden);
         });
+        if (squares == nullptr) return;
+        each_row([&](size_t t) {  // what the head would see of every token
+            kernels.layer_norm(n, s.x[t], weights.ln_out_weight, weights.ln_out_bias, s.xx[t]);
+        });
+        add_squares(weights.head, s.xx, chunk.n_rows);
     }
 
     void head(float * hidden, size_t n_rows) const {

@@ -80,6 +80,7 @@ struct Pass {
     const Scratch & s;
     const Team & team;
     const Chunk & chunk;
+    double * squares; /* of the inputs of all matrices, added up over the rows; NULL: not wanted */
 };
 
 /* The steps of a pass, in this order. */

@@ -215,6 +215,17 @@ static void test_null(void) { /* A-01 */
     ctx_refused(ctx, rwkv_eval_batch(ctx, &empty, 1, 0), RWKV_ERROR_ARGS, "size is 0",
                 "structs of no size");
     check(rwkv_eval_batch(ctx, NULL, 0, 0), "a batch of none");
+    const char * const matrix = rwkv_get_matrix(ctx, 0, NULL);
+    check(matrix != NULL && strstr(matrix, ".weight") != NULL, "the first matrix");
+    check(rwkv_get_matrix(ctx, SIZE_MAX, NULL) == NULL, "there are not that many");
+    check(rwkv_get_matrix(NULL, 0, NULL) == NULL, "no context, no matrices");
+    ctx_refused(ctx, rwkv_eval_importances(ctx, &empty, 1, sizeof empty, NULL), RWKV_ERROR_ARGS,
+                "squares is NULL", "no sums");
+    double squares[8192]; /* more than all columns of the model */
+    check(rwkv_eval_importances(ctx, NULL, 0, 0, squares), "importances of no tokens");
+    const struct rwkv_sequence inside = {tokens, 1, NULL, NULL, (float *)squares, 1, NULL, NULL};
+    ctx_refused(ctx, rwkv_eval_importances(ctx, &inside, 1, sizeof inside, squares),
+                RWKV_ERROR_ARGS, "overlap", "logits among the sums");
     check(rwkv_eval_sequence(ctx, NULL, 5, NULL, NULL, NULL), "NULL tokens do nothing");
     check(rwkv_eval_sequence_in_chunks(ctx, NULL, 5, 2, NULL, NULL, NULL),
           "NULL tokens do nothing");

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import rwkv_cpp.model
 from models import random_model, write_model
+from reference import rwkv_v4
 from rwkv_cpp import RWKVFileError, RWKVModel, RWKVSequence, load_rwkv_shared_library
 
 N_VOCAB, N_EMBED, N_LAYER = 50, 32, 2
@@ -102,6 +103,87 @@ def test_batch_results(model, state):
     assert np.array_equal(first.logits[1], model.eval_sequence([1, 2, 3], state)[0])
     assert np.array_equal(logits_out[0], model.eval(5, None)[0])
     assert model.eval_batch([]) == []
+
+
+# ---- importances ----
+
+
+class Recording(dict):
+    """Weights for the reference, whose matrices add up the squares of what they multiply."""
+
+    class Matrix(np.ndarray):
+        squares: np.ndarray
+
+        def __matmul__(self, x):
+            self.squares += np.asarray(x) ** 2
+            return np.asarray(self) @ x
+
+    def __init__(self, tensors, names):
+        super().__init__({key: values.astype(np.float64) for key, values in tensors.items()})
+        for name in names:
+            self[name] = self[name].view(self.Matrix)
+            self[name].squares = np.zeros(self[name].shape[1])
+
+
+def test_importances_are_those_of_the_reference(tmp_path):
+    tensors = random_model(3, N_VOCAB, N_EMBED, N_LAYER)
+    write_model(tmp_path / "model.bin", tensors)
+    texts = [list(np.random.default_rng(n).integers(0, N_VOCAB, n)) for n in (1, 300, 40)]
+    with RWKVModel(None, tmp_path / "model.bin", 2) as model:
+        importances = model.importances()
+        model.eval_batch([RWKVSequence(text, n_logits=0) for text in texts], importances)
+    matrices = {key for key, values in tensors.items() if values.ndim == 2} - {"emb.weight"}
+    assert set(importances.squares) == matrices
+    assert importances.n_tokens == 341
+    recording = Recording(tensors, matrices)
+    for text in texts:
+        rwkv_v4.forward(recording, text)
+    for name, squares in importances.squares.items():
+        np.testing.assert_allclose(squares, recording[name].squares, rtol=1e-3, err_msg=name)
+        np.testing.assert_array_equal(importances.means()[name], squares / 341)
+
+
+@pytest.mark.parametrize("options", [{}, {"sparse_ffn": True}, {"head": "Q4_0"}])
+def test_importances_do_not_depend_on_grouping(tmp_path, options):
+    """Nor on threads, nor on whose logits are asked for; and what is evaluated stays the same."""
+    write_model(tmp_path / "model.bin", random_model(4, N_VOCAB, N_EMBED, N_LAYER), "Q8_0")
+    tokens = np.random.default_rng(5).integers(0, N_VOCAB, 600)
+    found = []
+    for n_threads, step, n_logits in ((1, 600, 0), (3, 600, 600), (2, 1, 1), (3, 123, 2)):
+        with RWKVModel(None, tmp_path / "model.bin", n_threads, **options) as model:
+            importances, state = model.importances(), None
+            for first in range(0, 600, step):
+                piece = tokens[first : first + step]
+                sequence = RWKVSequence(piece, state, n_logits=n_logits)
+                (plain,) = model.eval_batch([sequence])
+                (result,) = model.eval_batch([sequence], importances)
+                np.testing.assert_array_equal(result.state, plain.state)
+                if n_logits:
+                    np.testing.assert_array_equal(result.logits, plain.logits)
+                state = result.state
+            found.append(importances.flat)
+    for squares in found[1:]:
+        np.testing.assert_array_equal(squares, found[0])
+
+
+def test_importances_of_what_fails(model, tmp_path):
+    importances = model.importances()
+    with pytest.raises(ValueError, match="no token has been evaluated"):
+        importances.means()
+    model.eval_batch([], importances)
+    model.eval_batch([RWKVSequence([1, 2])], importances)
+    before = importances.flat.copy()
+    state = np.zeros(N_STATE, np.float32)
+    with pytest.raises(ValueError, match="overlap"):
+        model.eval_batch([RWKVSequence([1], state_out=state)] * 2, importances)
+    write_model(tmp_path / "other.bin", random_model(1, N_VOCAB, 64, N_LAYER))
+    with (
+        RWKVModel(None, tmp_path / "other.bin", 1) as other,
+        pytest.raises(ValueError, match="another model"),
+    ):
+        other.eval_batch([RWKVSequence([1])], importances)
+    np.testing.assert_array_equal(importances.flat, before)
+    assert importances.n_tokens == 2
 
 
 # ---- P-01: closed ----

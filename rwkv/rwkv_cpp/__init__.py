@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from .generation import Completion, Stream
     from .library import RWKVSharedLibrary, load_rwkv_shared_library
-    from .model import RWKVModel, RWKVResult, RWKVSequence
+    from .model import Importances, RWKVModel, RWKVResult, RWKVSequence
     from .models import find_model
     from .prefix_cache import PrefixCache
     from .rwkv import RWKV
@@ -50,6 +50,7 @@ _HOMES = {
     "Conversation": "conversation",
     "DownloadFailed": "errors",
     "ForeignState": "errors",
+    "Importances": "model",
     "ModelNotFound": "errors",
     "NonFiniteLogits": "errors",
     "PrefixCache": "prefix_cache",
@@ -82,6 +83,7 @@ __all__ = [
     "Conversation",
     "DownloadFailed",
     "ForeignState",
+    "Importances",
     "ModelNotFound",
     "NonFiniteLogits",
     "PrefixCache",

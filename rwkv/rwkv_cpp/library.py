@@ -170,6 +170,15 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {  # result, arguments
         c_void_p,
     ),
     "rwkv_eval_batch": (c_bool, c_void_p, ctypes.POINTER(SequenceStruct), c_size_t, c_size_t),
+    "rwkv_get_matrix": (c_char_p, c_void_p, c_size_t, ctypes.POINTER(c_size_t)),
+    "rwkv_eval_importances": (
+        c_bool,
+        c_void_p,
+        ctypes.POINTER(SequenceStruct),
+        c_size_t,
+        c_size_t,
+        c_void_p,
+    ),
     "rwkv_interrupt": (None, c_void_p),
     "rwkv_quantize_file": (c_bool, c_char_p, c_char_p, ctypes.POINTER(_QuantizeOptions)),
     "rwkv_quantize_model_file": (c_bool, c_char_p, c_char_p, c_void_p),
@@ -616,6 +625,29 @@ class RWKVSharedLibrary:
             batch,
             len(sequences),
             ctypes.sizeof(SequenceStruct),
+        )
+
+    def rwkv_get_matrices(self, ctx: RWKVContext) -> dict[str, int]:
+        """The columns of each matrix that can be quantized, in the library's order."""
+        matrices: dict[str, int] = {}
+        cols = c_size_t()
+        while name := self._c.rwkv_get_matrix(ctx.ptr, len(matrices), ctypes.byref(cols)):
+            matrices[name.decode()] = cols.value
+        return matrices
+
+    def rwkv_eval_importances(
+        self, ctx: RWKVContext, sequences: Sequence[SequenceStruct], squares_address: int
+    ) -> None:
+        """squares: one float64 for each column of `rwkv_get_matrices`."""
+        batch = (SequenceStruct * len(sequences))(*sequences)
+        self._evaluate(
+            ctx,
+            sum(sequence.n_tokens for sequence in sequences),
+            self._c.rwkv_eval_importances,
+            batch,
+            len(sequences),
+            ctypes.sizeof(SequenceStruct),
+            squares_address,
         )
 
     def rwkv_interrupt(self, ctx: RWKVContext) -> None:

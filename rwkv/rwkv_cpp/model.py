@@ -71,6 +71,27 @@ class RWKVResult:
     hidden: Array | None
 
 
+class Importances:
+    """How much each column of a model's matrices matters: see `RWKVModel.importances`.
+
+    squares: {name of a matrix: (cols) float64} for each matrix that can be quantized, the head
+    included: the squares of what its columns were multiplied with, summed over n_tokens tokens.
+    """
+
+    def __init__(self, cols: dict[str, int]) -> None:
+        self.cols = cols
+        self.flat = np.zeros(sum(cols.values()))  # what C adds to
+        ends = np.cumsum(list(cols.values()))
+        self.squares = dict(zip(cols, np.split(self.flat, ends[:-1]), strict=True))
+        self.n_tokens = 0
+
+    def means(self) -> dict[str, np.ndarray]:
+        """The mean squares, which quantizing takes. Raises ValueError before the first token."""
+        if self.n_tokens == 0:
+            raise ValueError("no token has been evaluated with these importances")
+        return {name: squares / self.n_tokens for name, squares in self.squares.items()}
+
+
 class RWKVModel:
     """A model file, loaded.
 
@@ -260,17 +281,35 @@ class RWKVModel:
                 self._library.rwkv_eval_sequence_in_chunks(context, values, chunk_size, *addresses)
             return arrays.results()
 
-    def eval_batch(self, sequences: Iterable[RWKVSequence]) -> list[RWKVResult]:
+    def importances(self) -> Importances:
+        """Return importances of this model, all zero so far, for `eval_batch` to add to."""
+        with self._using(wait=True) as context:
+            return Importances(self._library.rwkv_get_matrices(context))
+
+    def eval_batch(
+        self, sequences: Iterable[RWKVSequence], importances: Importances | None = None
+    ) -> list[RWKVResult]:
         """Evaluate independent sequences of any lengths together; return their results in order.
 
         Each gets the bits that it would get alone. Everything is checked before anything is
         written. No sequence: an empty list.
+
+        importances: of this model; all tokens are added to them, in the same bits however they are
+        grouped into calls.
         """
         sequences = list(sequences)
         tokens = [self._tokens(sequence.tokens) for sequence in sequences]
         with self._using() as context:
             prepared = [self._prepare(*pair) for pair in zip(sequences, tokens, strict=True)]
-            self._library.rwkv_eval_batch(context, [struct for struct, _, _ in prepared])
+            structs = [struct for struct, _, _ in prepared]
+            if importances is None:
+                self._library.rwkv_eval_batch(context, structs)
+            else:
+                if self._library.rwkv_get_matrices(context) != importances.cols:
+                    raise ValueError("these importances are those of another model")
+                address = importances.flat.ctypes.data
+                self._library.rwkv_eval_importances(context, structs, address)
+                importances.n_tokens += sum(map(len, tokens))
         results = []
         for _, arrays, hidden in prepared:
             logits, state = arrays.results()
