@@ -80,9 +80,19 @@ def test_tuned_starts(state, tmp_path):
 
     (tmp_path / "start.pth").write_bytes(torch_zip(tensors))
     assert State.from_layout("state-tuned", tmp_path / "start.pth") == state
+    assert State.load(tmp_path / "start.pth") == state
     coded = {key: ("F32", tensor) for key, tensor in tensors.items()}
     (tmp_path / "start.safetensors").write_bytes(safetensors(coded))
     assert State.from_layout("state-tuned", str(tmp_path / "start.safetensors")) == state
+    assert State.load(tmp_path / "start.safetensors") == state
+
+    del tensors["blocks.1.ffn.time_state"]
+    (tmp_path / "start.pth").write_bytes(torch_zip(tensors))
+    with pytest.raises(RWKVFileError, match=r"start\.pth: .* missing: blocks\.1\.ffn\.time_state"):
+        State.load(tmp_path / "start.pth")
+    (tmp_path / "start.pth").write_bytes(torch_zip({"emb.weight": np.zeros((2, 2), "f4")}))
+    with pytest.raises(RWKVFileError, match=r"expected a state, this is .*PyTorch checkpoint"):
+        State.load(tmp_path / "start.pth")
     (tmp_path / "start.pth").write_bytes(b"junk")
     with pytest.raises(RWKVFileError, match="expected a PyTorch checkpoint"):
         State.from_layout("state-tuned", tmp_path / "start.pth")

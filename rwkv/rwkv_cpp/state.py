@@ -9,6 +9,7 @@ docs/states.md describes the file.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -21,7 +22,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from .atomic import replacing
-from .checkpoint import pack_safetensors, unpack_safetensors
+from .checkpoint import (
+    is_checkpoint,
+    open_checkpoint,
+    pack_safetensors,
+    unpack_safetensors,
+)
 from .errors import ForeignState, RWKVFileError
 from .fingerprint import Fingerprint
 from .ggmf import open_regular, recognise
@@ -210,12 +216,18 @@ class State:
 
     @classmethod
     def load(cls, path: FilePath, model: Model | None = None) -> State:
-        """Read a file of `save`; with `model`, for it as `for_model` says.
+        """Read a file of `save`, or a tuned state; with `model`, for it as `for_model` says.
 
         Raises RWKVFileError if the file is no state or is damaged, ForeignState if it belongs to
         another model.
         """
         path = Path(os.fsdecode(path))
+        if _is_tuned(path):
+            try:
+                state = cls.from_layout("state-tuned", path)
+            except ValueError as error:
+                raise RWKVFileError(f"{path}: {error}") from None
+            return state if model is None else state.for_model(model)
         with open_regular(path) as file:
             head = file.read(512)
             if head[4:9] != b"\0\0\0\0{":
@@ -355,6 +367,15 @@ def _vector(name: str, value: np.ndarray) -> np.ndarray:
             f"{value.shape}"
         )
     return np.require(value, requirements=["C", "A", "W"])
+
+
+def _is_tuned(path: Path) -> bool:
+    """Whether a file is a sound checkpoint with parts of a tuned state and nothing else."""
+    if not is_checkpoint(path):
+        return False
+    with contextlib.suppress(RWKVFileError), open_checkpoint(path) as checkpoint:
+        return len(checkpoint) > 0 and all(key.endswith(".time_state") for key in checkpoint)
+    return False
 
 
 def _checksum(data: bytes) -> str:
