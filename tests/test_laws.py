@@ -43,7 +43,7 @@ FLOORS = [
     {"download", "models"},
     {"load_options"},
     {"info", "perplexity"},
-    {"bench", "pull"},
+    {"bench", "importance", "pull"},
     {"compare", "reading", "stopping"},
     {"generation"},
     {"beam"},

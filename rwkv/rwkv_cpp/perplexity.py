@@ -163,39 +163,40 @@ def first_tokens(documents: Sequence[list[int]], limit: int | None) -> list[list
     return kept
 
 
-def text_options(command: Command) -> Command:
+def text_options(command: Command, *, scores: bool = True) -> Command:
     """Adds the options of what is read of TEXT, and how, to a command, which gets `is_documents`,
-    `skip`, `limit`, `threads` and `vocabulary`."""
-    for option in reversed(_TEXT_OPTIONS):
-        command = option(command)
+    `limit`, `threads`, `vocabulary` and, if it scores what it reads, `skip`."""
+    for name, option in reversed(_TEXT_OPTIONS.items()):
+        if scores or name != "skip":
+            command = option(command)
     return command
 
 
-_TEXT_OPTIONS = (
-    click.option(
+_TEXT_OPTIONS = {
+    "documents": click.option(
         "--documents",
         "is_documents",
         is_flag=True,
         help='TEXT is JSON Lines: a document, {"text": "…"}, a line. Each is read from its '
         "beginning.",
     ),
-    click.option(
+    "skip": click.option(
         "--skip",
         type=click.IntRange(min=0),
         default=0,
         help="Do not score the first tokens, of each document, which have little to go by.",
     ),
-    click.option("--limit", type=click.IntRange(min=1), help="Read so many tokens only."),
-    click.option(
+    "limit": click.option("--limit", type=click.IntRange(min=1), help="Read so many tokens only."),
+    "threads": click.option(
         "--threads", type=click.IntRange(1, MAX_THREADS), help="[default: physical cores]"
     ),
-    click.option(
+    "vocabulary": click.option(
         "--vocab",
         "vocabulary",
         type=click.Path(path_type=Path),
         help="Vocabulary file.  [default: looked for, see `rwkv generate --help`]",
     ),
-)
+}
 
 
 # ---- The command ---------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def score(
     first = max(skip, 1)
     readers = [_Reader(model), *([] if base is None else [_Reader(base)])]
     done = 0
-    for pieces in _chunks([len(tokens) for tokens in documents], chunk_size(model.n_vocab)):
+    for pieces in chunks([len(tokens) for tokens in documents], chunk_size(model.n_vocab)):
         rows = [reader.read(documents, pieces, first) for reader in readers]
         scores = []
         for piece, *logits in zip(pieces, *rows, strict=True):
@@ -203,7 +203,7 @@ def chunk_size(n_vocab: int) -> int:
     return min(max(_CHUNK_LOGITS // n_vocab, 16), 1024)
 
 
-def _chunks(lengths: Sequence[int], size: int) -> Iterator[list[Piece]]:
+def chunks(lengths: Sequence[int], size: int) -> Iterator[list[Piece]]:
     """The documents in pieces, so many tokens together. Only the last piece of a chunk may end
     before its document does."""
     chunk: list[Piece] = []
