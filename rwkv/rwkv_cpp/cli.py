@@ -27,6 +27,7 @@ COMMANDS = {
     "pull": (".pull", "Download a model, convert it and keep it for all commands."),
     "convert": (".convert", "Convert a checkpoint of RWKV-4 to a model file."),
     "quantize": (".quantize", "Write a quantized copy of a model."),
+    "rescale": (".rescale", "Level the outliers of a model, before it is quantized."),
     "importance": (".importance", "Measure which weights of a model matter, for quantizing."),
     "merge-lora": (".merge_lora", "Merge what a LoRA has learned into a model."),
     "perplexity": (".perplexity", "Measure how well a model predicts a text."),
