@@ -18,8 +18,9 @@ pytest.importorskip("matplotlib")
 
 from rwkv_cpp import cli  # noqa: E402
 from rwkv_cpp.errors import RWKVError, RWKVFileError  # noqa: E402
-from rwkv_cpp.train.loop import Progress, Settings, Trainer, train  # noqa: E402
-from rwkv_cpp.train.network import CHUNK, NO_WEIGHT, Network, wkv  # noqa: E402
+from rwkv_cpp.train.loop import Progress, Settings, Trainer, make_learner, train  # noqa: E402
+from rwkv_cpp.train.network import NO_WEIGHT, Network  # noqa: E402
+from rwkv_cpp.train.recurrence import CHUNK, wkv  # noqa: E402
 
 TINY = Settings(n_layer=2, n_embed=16, sequence=24, batch=4, steps=8, warmup=2, precision="float32")
 
@@ -125,6 +126,10 @@ def test_network_is_rwkv_4_and_carries_its_past_over_any_cut() -> None:
         np.testing.assert_allclose(logits.numpy(), expected, rtol=0, atol=1e-10)
 
 
+def trainer(text: Path, settings: Settings) -> Trainer:
+    return Trainer(make_learner(settings, None), text, settings)
+
+
 def run(text: Path, target: Path, settings: Settings, stop_at: int = -1, **options) -> Progress:
     """A run to its end, or to a stop after `stop_at` steps of it."""
     steps = []
@@ -164,13 +169,13 @@ def test_resumed_run_repeats_an_uninterrupted_one(
 
 
 def test_seeds_differ(text: Path) -> None:
-    first, again, other = (Trainer(text, replace(TINY, seed=seed)).step() for seed in (1, 1, 2))
+    first, again, other = (trainer(text, replace(TINY, seed=seed)).step() for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_model_file_has_the_released_names_and_shapes(text: Path, tmp_path: Path) -> None:
     c, target = TINY.n_embed, tmp_path / "out.pth"
-    Trainer(text, TINY).save_model(target)
+    trainer(text, TINY).averaged.save(target)
     expected = {"emb.weight": (256, c), "head.weight": (256, c)}
     for name in ("blocks.0.ln0", "ln_out", *(f"blocks.{i}.ln{j}" for i in (0, 1) for j in (1, 2))):
         expected |= {f"{name}.weight": (c,), f"{name}.bias": (c,)}
@@ -204,10 +209,10 @@ def test_checkpoints_of_another_run_are_refused(text: Path, tmp_path: Path) -> N
 
 
 def test_infinite_loss_is_an_error(text: Path) -> None:
-    trainer = Trainer(text, TINY)
-    torch.nn.init.constant_(trainer.network.head.weight, float("inf"))
+    run = trainer(text, TINY)
+    torch.nn.init.constant_(run.learner.network.head.weight, float("inf"))
     with pytest.raises(RWKVError, match="the loss is nan at step 0"):
-        trainer.step()
+        run.step()
 
 
 TINY_OPTIONS = ["--n-layer=1", "--n-embed=8", "--sequence=16", "--batch=2", "--steps=4"]

@@ -18,6 +18,7 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.command(context_settings={"show_default": True})
 @click.argument("text", type=FILE)
 @click.argument("target", metavar="OUT.pth", type=FILE)
+@click.option("--from", "base", type=FILE, metavar="BASE.pth", help="Checkpoint to begin from.")
 @click.option("--n-layer", type=COUNT, default=5, help="Layers of the model.")
 @click.option("--n-embed", type=COUNT, default=256, help="Channels of a layer.")
 @click.option("--sequence", type=COUNT, default=256, help="Bytes of a training sequence.")
@@ -28,6 +29,18 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
     type=click.FloatRange(min=0, min_open=True),
     default=1.5e-3,
     help="Rate after the warm-up; falls to zero along a cosine.",
+)
+@click.option(
+    "--accumulate",
+    type=COUNT,
+    default=1,
+    help="Parts that a batch goes through in, one after the other: less memory.",
+)
+@click.option(
+    "--optimizer",
+    type=click.Choice(["muon", "adamw"]),
+    default="muon",
+    help="Muon learns faster; it takes the matrices of the layers, AdamW the rest.",
 )
 @click.option("--warmup", type=click.IntRange(min=0), default=50, help="Steps of warm-up.")
 @click.option("--dropout", type=FRACTION, default=0.15, help="Part of each branch set to zero.")
@@ -47,6 +60,7 @@ def command(
     /,
     text: Path,
     target: Path,
+    base: Path | None,
     threads: int | None,
     resume: bool,
     **options: Any,
@@ -84,7 +98,7 @@ def command(
     bar = tqdm(total=settings.steps, unit="step", disable=None)
     try:
         for progress in train(
-            text, target, settings, resume=resume, should_stop=lambda: bool(stopped_by)
+            text, target, settings, base=base, resume=resume, should_stop=lambda: bool(stopped_by)
         ):
             bar.update(progress.step - bar.n)
             bar.set_postfix(loss=f"{progress.train[progress.step - 1]:.3f}")

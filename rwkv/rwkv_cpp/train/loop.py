@@ -5,6 +5,7 @@ depends on nothing but the weights and its own number, and a resumed run repeats
 one to the bit.
 """
 
+import copy
 import hashlib
 import math
 import time
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from ..atomic import refuse_same_file, replacing
 from ..errors import RWKVError, RWKVFileError
+from .learner import Learner, read_network
 from .network import Network
 
 N_VOCAB = 256  # tokens are bytes
@@ -26,6 +28,7 @@ HELD_OUT = 0.1  # the last part of the text, never trained on
 EVALUATIONS = 20  # held-out losses in a run, evenly spread
 STREAMS = 32  # the held-out text is read as that many texts at once (the last loss: as one)
 CHECKPOINT_SECONDS = 60
+MUON_SHARE = 4.0  # Muon's learning rate; AdamW's is 1
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,11 @@ class Settings:
     n_embed: int = 256
     sequence: int = 256
     batch: int = 32
+    accumulate: int = 1
     steps: int = 900
     learning_rate: float = 1.5e-3
     warmup: int = 50
+    optimizer: str = "muon"
     dropout: float = 0.15
     average: float = 0.99
     seed: int = 0
@@ -91,46 +96,70 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(rest, 1.0)))
 
 
-def make_optimizer(network: Network) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: vectors are gates, rates and scales with no pull to zero."""
-    matrices = [p for p in network.parameters() if p.dim() == 2]
-    vectors = [p for p in network.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
+def make_optimizers(learner: Learner, kind: str) -> list[torch.optim.Optimizer]:
+    """AdamW for all that learns, or Muon ("muon") for matrices between activations and AdamW for
+    the rest. Matrices decay; vectors are gates, rates and scales with no pull to zero.
+
+    A group's "share" is its part of the learning rate.
+    """
+    learning = learner.learning()
+    rotated = learner.rotated() if kind == "muon" else set()
+    by_adamw = [p for name, p in learning.items() if name not in rotated]
+    groups = [
+        {"params": [p for p in by_adamw if p.dim() == 2], "weight_decay": 0.1, "share": 1.0},
+        {"params": [p for p in by_adamw if p.dim() != 2], "weight_decay": 0.0, "share": 1.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), fused=True)
+    ]
+    if rotated:
+        group = {"params": [learning[name] for name in sorted(rotated)], "share": MUON_SHARE}
+        optimizers.append(
+            torch.optim.Muon(
+                [group], weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    return optimizers
 
 
 @torch.no_grad()
-def held_out_loss(network: Network, data: Tensor, streams: int, sequence: int) -> float:
+def held_out_loss(learner: Learner, data: Tensor, streams: int, sequence: int) -> float:
     """Mean loss in nats per byte over `data`, read as `streams` texts with the state carried."""
     length = (len(data) - 1) // streams
     inputs = data[: streams * length].view(streams, length).long()
     targets = data[1 : streams * length + 1].view(streams, length).long()
-    network.eval()
-    past = network.empty_past(streams)
+    learner.eval()
+    past = learner.past(streams)
     total = 0.0
     for x, y in zip(inputs.split(sequence, 1), targets.split(sequence, 1), strict=True):
-        logits, past = network(x, past)
+        logits, past = learner(x, past)
         total += F.cross_entropy(logits.float().transpose(1, 2), y, reduction="sum").item()
-    network.train()
+    learner.train()
     return total / inputs.numel()
 
 
-class Trainer:
-    """One run: the network, its averaged twin, the optimizer and what has been seen so far."""
+def make_learner(settings: Settings, base: Path | None) -> Learner:
+    """What the run trains, as it is before the first step."""
+    torch.manual_seed(settings.seed)
+    if base:
+        return Learner(read_network(base, settings.dropout))
+    return Learner(Network(N_VOCAB, settings.n_layer, settings.n_embed, settings.dropout))
 
-    def __init__(self, text: Path, settings: Settings) -> None:
+
+class Trainer:
+    """One run: what learns, its averaged twin, the optimizer and what has been seen so far."""
+
+    def __init__(self, learner: Learner, text: Path, settings: Settings) -> None:
         self.settings = settings
         self.train_data, self.held_out_data = read_text(text, settings.sequence)
         text_hash = hashlib.sha256(self.train_data.numpy())
         text_hash.update(self.held_out_data.numpy())
         self.text_hash = text_hash.hexdigest()
-        torch.manual_seed(settings.seed)
-        shape = (N_VOCAB, settings.n_layer, settings.n_embed)
-        self.network = Network(*shape, settings.dropout)
-        self.averaged = Network(*shape)
-        self.averaged.load_state_dict(self.network.state_dict())
-        self.averaged.requires_grad_(False)
-        self.optimizer = make_optimizer(self.network)
+        self.learner = learner
+        frozen = {id(p): p for p in learner.parameters() if not p.requires_grad}
+        self.averaged = copy.deepcopy(learner, frozen)  # they share what does not learn
+        self.learning, self.averages = learner.learning(), self.averaged.learning()
+        self.optimizers = make_optimizers(learner, settings.optimizer)
         self.progress = Progress(0, {}, {}, 0.0, 0.0)
         self.precision = settings.precision
         if self.precision == "auto":
@@ -142,28 +171,36 @@ class Trainer:
         torch.manual_seed(settings.seed * 1_000_003 + number + 1)
         starts = torch.randint(len(self.train_data) - settings.sequence, (settings.batch, 1))
         window = self.train_data[starts + torch.arange(settings.sequence + 1)].long()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, number)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
-            logits, _ = self.network(window[:, :-1], self.network.empty_past(settings.batch))
-        loss = F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
-        if not loss.isfinite():
-            raise RWKVError(
-                f"the loss is {loss.item()} at step {number} (try a smaller --learning-rate)"
-            )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        rate = learning_rate(settings, number)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["share"]
+        loss = sum(self.backward(part) for part in window.chunk(settings.accumulate))
+        if not math.isfinite(loss):
+            raise RWKVError(f"the loss is {loss} at step {number} (try a smaller --learning-rate)")
+        torch.nn.utils.clip_grad_norm_(self.learning.values(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         # A young average forgets faster, or it would remember the first random weights.
         keep = min(settings.average, (number + 1) / (number + 10))
         with torch.no_grad():
-            for mean, now in zip(
-                self.averaged.parameters(), self.network.parameters(), strict=True
-            ):
-                mean.lerp_(now, 1 - keep)
-        self.progress.train[number] = loss.item()
+            torch._foreach_lerp_(
+                list(self.averages.values()), list(self.learning.values()), 1 - keep
+            )
+        self.progress.train[number] = loss
         self.progress.step += 1
+        return loss
+
+    def backward(self, window: Tensor) -> float:
+        """Add the gradient of a part (b, sequence + 1) of the batch; its share of the loss."""
+        past = self.learner.past(len(window))
+        logits, _ = self.learner(window[:, :-1], past, getattr(torch, self.precision))
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1), window[:, 1:].flatten(), reduction="sum"
+        )
+        loss = loss / (self.settings.batch * self.settings.sequence)
+        loss.backward()
         return loss.item()
 
     def evaluate(self, streams: int = STREAMS) -> float:
@@ -182,9 +219,9 @@ class Trainer:
                     "precision": self.precision,
                     "text": self.text_hash,
                     "progress": asdict(self.progress),
-                    "network": self.network.state_dict(),
-                    "averaged": self.averaged.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
+                    "learning": self.learning,
+                    "averages": self.averages,
+                    "optimizers": [each.state_dict() for each in self.optimizers],
                 },
                 file,
             )
@@ -207,14 +244,12 @@ class Trainer:
             raise RWKVFileError(f"{path}: was trained on another text (resume with the same text)")
         self.precision = saved["precision"]
         self.progress = Progress(**saved["progress"])
-        self.network.load_state_dict(saved["network"])
-        self.averaged.load_state_dict(saved["averaged"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-
-    def save_model(self, path: Path) -> None:
-        """Write the averaged weights as a released checkpoint has them."""
-        with replacing(path) as file:
-            torch.save(self.averaged.state_dict(), file)
+        with torch.no_grad():
+            for key, tensors in (("learning", self.learning), ("averages", self.averages)):
+                for name, tensor in tensors.items():
+                    tensor.copy_(saved[key][name])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
 
 
 def train(
@@ -222,10 +257,13 @@ def train(
     target: Path,
     settings: Settings,
     *,
+    base: Path | None = None,
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress]:
     """Train on `text` and write `target`, a name that ends in .pth, yielding after each step.
+
+    It begins from the checkpoint `base`, of any size, or with random weights.
 
     A checkpoint beside `target`, with the suffix .checkpoint, is written every minute and when
     `should_stop()` says so, and removed when `target` is complete. With `resume` the run goes on
@@ -238,7 +276,7 @@ def train(
         raise ValueError(f"{target}: expected a name that ends in .pth")
     refuse_same_file(text, target)
     checkpoint = target.with_suffix(".checkpoint")
-    trainer = Trainer(text, settings)
+    trainer = Trainer(make_learner(settings, base), text, settings)
     if resume:
         trainer.load_checkpoint(checkpoint)
     elif checkpoint.exists():
@@ -264,6 +302,6 @@ def train(
             return
     trainer.evaluate(streams=1)  # as the core's perplexity reads it
     progress.finished = True
-    trainer.save_model(target)
+    trainer.averaged.save(target)
     checkpoint.unlink(missing_ok=True)
     yield progress

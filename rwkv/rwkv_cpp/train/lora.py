@@ -33,8 +33,11 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        wide, narrow = F.linear(rows, self.weight), F.linear(rows, self.lora_A)
-        result = torch.addmm(wide, narrow, self.lora_B.t(), alpha=self.scale)
+        wide, narrow = (
+            F.linear(rows, self.weight.to(x.dtype)),
+            F.linear(rows, self.lora_A.to(x.dtype)),
+        )
+        result = torch.addmm(wide, narrow, self.lora_B.t().to(x.dtype), alpha=self.scale)
         return result.view(*x.shape[:-1], -1)
 
 
