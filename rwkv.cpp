@@ -879,9 +879,13 @@ bool rwkv_convert_row(uint32_t version_in, uint32_t type_in, const void * in, ui
                  type);
         }
         const Team alone(Pool(), 1);  // for its floating-point environment
-        ggml_convert_row(ggml_type_of_file(version_in, type_in), in,
-                         ggml_type_of_file(version_out, type_out), out, n);
-        return true;
+        size_t bad_block;
+        if (ggml_convert_row(ggml_type_of_file(version_in, type_in), in,
+                             ggml_type_of_file(version_out, type_out), out, n, &bad_block))
+            return true;
+        fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_DATA,
+             "block %zu of %s has an outlier where none can be (the file is damaged)", bad_block,
+             format_name(type_in));
     });
 }
 

@@ -299,9 +299,9 @@ RWKV_API size_t rwkv_get_row_size(uint32_t file_version, uint32_t data_type, siz
 /* Writes a row of n weights, as files of version_in hold it in type_in, the way that files of
  * version_out hold it in type_out. Between the versions of one format the codes stay and only the
  * scales are rounded; between formats the weights are dequantized and quantized by the rule of the
- * other. A scale or a weight may become infinite. Rows of multiples of 32 weights that lie one
- * after the other may be given as one. `in` and `out`: rwkv_get_row_size(…, n) bytes, apart from
- * each other. Since 1002. */
+ * other. A scale or a weight may become infinite; a Q4_1_O block without sense is an error. Rows of
+ * multiples of 32 weights that lie one after the other may be given as one. `in` and `out`:
+ * rwkv_get_row_size(…, n) bytes, apart from each other. Since 1002. */
 RWKV_API bool rwkv_convert_row(uint32_t version_in, uint32_t type_in, const void * in,
                                uint32_t version_out, uint32_t type_out, void * out, size_t n);
 

@@ -68,9 +68,10 @@ void ggml_quantize_row(enum ggml_type type, const float * x, void * row, size_t 
 void ggml_dequantize_row(enum ggml_type type, const void * row, float * x, size_t n);
 
 /* A row of `from` as one of `to`. Between two layouts of one format the codes stay and the scales
- * are rounded; between formats the weights are dequantized and quantized. */
-void ggml_convert_row(enum ggml_type from, const void * row, enum ggml_type to, void * out,
-                      size_t n);
+ * are rounded; between formats the weights are dequantized and quantized. Returns false if a Q4_1_O
+ * block has an outlier index that no writer makes; *bad_block is then its number in the row. */
+bool ggml_convert_row(enum ggml_type from, const void * row, enum ggml_type to, void * out,
+                      size_t n, size_t * bad_block);
 
 /* ---- Matrices ------------------------------------------------------------------------------- */
 

@@ -92,8 +92,15 @@ void ggml_dequantize_row(enum ggml_type type, const void * row, float * x, size_
     }
 }
 
-void ggml_convert_row(enum ggml_type from, const void * row, enum ggml_type to, void * out,
-                      size_t n) {
+static bool has_misplaced_outlier(enum ggml_type type, const uint8_t * bytes) {
+    if (!ggml_layouts[type].outlier) return false;
+    struct ggml_block block;
+    ggml_block_unpack(type, bytes, &block);
+    return ggml_block_has_outlier(&block) && block.index >= GGML_ROW_UNIT;
+}
+
+bool ggml_convert_row(enum ggml_type from, const void * row, enum ggml_type to, void * out,
+                      size_t n, size_t * bad_block) {
     const uint8_t * in = row;
     uint8_t * bytes = out;
     if (from == to) {
@@ -110,10 +117,15 @@ void ggml_convert_row(enum ggml_type from, const void * row, enum ggml_type to, 
         for (size_t i = 0; i < n; i += GGML_ROW_UNIT) {
             float x[GGML_ROW_UNIT];
             const size_t count = n - i < GGML_ROW_UNIT ? n - i : GGML_ROW_UNIT;
+            if (has_misplaced_outlier(from, in)) {
+                *bad_block = i / GGML_ROW_UNIT;
+                return false;
+            }
             ggml_dequantize_row(from, in, x, count);
             ggml_quantize_row(to, x, bytes, count);
             in += ggml_row_size(from, count);
             bytes += ggml_row_size(to, count);
         }
     }
+    return true;
 }

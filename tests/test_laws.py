@@ -34,7 +34,7 @@ CORE_FLOORS = [
 FLOORS = [
     {"errors", "progress", "registry", "terminal"},
     {"archive", "atomic", "choosing", "library", "philox", "pickles", "weights"},
-    {"ggmf", "model", "tokenizer"},
+    {"formats", "ggmf", "model", "tokenizer"},
     {"checkpoint", "fingerprint", "grammar", "scoring", "texts"},
     {"sampling", "state_layouts", "token_data"},
     {"sampling_options", "state", "styles"},

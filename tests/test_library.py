@@ -441,3 +441,8 @@ def test_rows_that_cannot_be_converted(library):
     ):
         with pytest.raises(ValueError, match=text):
             library.rwkv_convert_row(*arguments)
+    row = np.zeros((2, 12), np.uint16)  # two blocks of Q4_1_O; the third number is the index
+    row[1, 2] = 32
+    out = np.empty(64, np.float32)
+    with pytest.raises(RWKVFileError, match="block 1 of Q4_1_O has an outlier where none can be"):
+        library.rwkv_convert_row(100, 4, row.ctypes.data, 101, 0, out.ctypes.data, 64)

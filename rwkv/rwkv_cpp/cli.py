@@ -29,6 +29,7 @@ COMMANDS = {
     "quantize": (".quantize", "Write a quantized copy of a model."),
     "rescale": (".rescale", "Level the outliers of a model, before it is quantized."),
     "importance": (".importance", "Measure which weights of a model matter, for quantizing."),
+    "upgrade": (".upgrade", "Bring a model file of version 100 to version 101."),
     "merge-lora": (".merge_lora", "Merge what a LoRA has learned into a model."),
     "perplexity": (".perplexity", "Measure how well a model predicts a text."),
     "compare": (".compare", "Make a table of what a model loses and gains in each format."),

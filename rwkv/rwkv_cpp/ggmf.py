@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -123,6 +123,23 @@ def read_tensor(path: Path, record: Record) -> np.ndarray:
         )
     dtype = DTYPES[record.data_type]
     return np.memmap(path, dtype, mode="r", offset=record.offset, shape=record.shape)
+
+
+def read_rows(path: Path, record: Record, nbytes: int = 4 << 20) -> Iterator[np.ndarray]:
+    """The data of a record, whatever its type, as arrays of bytes (uint8) with whole rows: as many
+    as fit into `nbytes`, at least one."""
+    rows = record.shape[0] if len(record.shape) == 2 else 1
+    size = record.nbytes // rows
+    step = max(nbytes // size, 1)
+    with open_regular(path) as file:
+        file.seek(record.offset)
+        for first in range(0, rows, step):
+            data = np.empty(min(step, rows - first) * size, np.uint8)
+            if file.readinto(data.data) != data.size:
+                raise RWKVFileError(
+                    f"{path}: {record.key}: the file became shorter while it was read"
+                )
+            yield data
 
 
 class Writer:
