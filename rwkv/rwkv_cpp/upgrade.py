@@ -204,9 +204,10 @@ def command(source: Path, target: Path, lossy: bool) -> None:
     """Bring a model file of version 100 to version 101.
 
     Such files are of April and May 2023 and work as they are: upgrade one for its smaller size, or
-    for other programs. Q5_0 and Q5_1 keep their bits, FP32 and FP16 their bytes. In Q4_0, Q4_1 and Q8_0 the scales are
-    rounded to half precision; it is shown by how much. Q4_1_O, Q4_2 and Q4_3 have no place in
-    version 101, see --lossy. NEW appears, or replaces an older file, only when it is complete.
+    for other programs. Q5_0 and Q5_1 keep their bits, FP32 and FP16 their bytes. In Q4_0, Q4_1 and
+    Q8_0 the scales are rounded to half precision; it is shown by how much. Q4_1_O, Q4_2 and Q4_3
+    have no place in version 101, see --lossy. NEW appears, or replaces an older file, only when it
+    is complete.
 
     \b
     rwkv upgrade model-april.bin model.bin
