@@ -39,7 +39,7 @@ FLOORS = [
     {"sampling", "state_layouts", "token_data"},
     {"sampling_options", "state", "styles"},
     {"prefix_cache"},
-    {"convert", "merge_lora", "prepare_data", "quantize", "rescale"},
+    {"convert", "merge_lora", "prepare_data", "quantize", "rescale", "upgrade"},
     {"download", "models", "train"},
     {"load_options"},
     {"info", "perplexity"},
