@@ -21,6 +21,7 @@ constexpr size_t max_vocab = 1 << 20;
 constexpr size_t max_embed = 1 << 16;
 constexpr size_t max_layers = 1 << 10;
 constexpr size_t max_ffn = 1 << 20;
+constexpr size_t max_tiny = 1 << 12;
 
 struct Slot; /* what a model uses a tensor for: its arch knows */
 
@@ -36,7 +37,9 @@ struct Tensor {
 
 struct Shape {
     size_t n_vocab, n_embed, n_layer;
-    size_t n_ffn; /* 0 until the arch has looked at the tensors: the header does not say it */
+    /* Set by the arch, from the tensors: the header does not say them. */
+    size_t n_ffn;
+    size_t n_tiny, tiny_layer; /* RWKV-4a's tiny attention; RWKV-4: 0 and n_layer */
 };
 
 /* What a file holds, or would hold. */

@@ -186,7 +186,9 @@ RWKV_API bool rwkv_estimate_shape(size_t n_vocab, size_t n_embed, size_t n_layer
 RWKV_API size_t rwkv_get_n_vocab(const struct rwkv_context * ctx);
 RWKV_API size_t rwkv_get_n_embed(const struct rwkv_context * ctx);
 RWKV_API size_t rwkv_get_n_layer(const struct rwkv_context * ctx);
-RWKV_API size_t rwkv_get_state_len(const struct rwkv_context * ctx);  /* floats in a state */
+/* Floats in a state: of each layer 5 * n_embed and, in RWKV-4a, the tiny attention's n_tiny * n_embed
+ * at the end. */
+RWKV_API size_t rwkv_get_state_len(const struct rwkv_context * ctx);
 RWKV_API size_t rwkv_get_logits_len(const struct rwkv_context * ctx); /* floats, of a token */
 RWKV_API uint32_t rwkv_get_state_buffer_element_count(const struct rwkv_context * ctx);
 RWKV_API uint32_t rwkv_get_logits_buffer_element_count(const struct rwkv_context * ctx);

@@ -3,6 +3,7 @@
 #include "rwkv_error.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -14,20 +15,24 @@ namespace rwkv {
 
 // A dimension, by the member of Shape that says how long it is.
 using Dim = size_t Shape::*;
-constexpr Dim VOCAB = &Shape::n_vocab, EMBED = &Shape::n_embed, FFN = &Shape::n_ffn;
+constexpr Dim VOCAB = &Shape::n_vocab, EMBED = &Shape::n_embed, FFN = &Shape::n_ffn,
+              TINY = &Shape::n_tiny;
 
 struct Slot {
-    const char * name;           // of a layer's tensor: what follows "blocks.N."
-    Weight Weights::* of_model;  // where it goes: one of these two
-    Weight Layer::* of_layer;
+    const char * name;                     // of a layer's tensor: what follows "blocks.N."
+    Weight Weights::* of_model = nullptr;  // where it goes: one of these three
+    Weight Layer::* of_layer = nullptr;
+    Weight TinyAttention::* of_tiny = nullptr;
     Kind kind;
     Dim rows, cols;  // a vector has cols only
 
     constexpr Slot(const char * n, Weight Weights::* to, Kind k = VECTOR, Dim r = nullptr)
-        : name(n), of_model(to), of_layer(nullptr), kind(k), rows(r), cols(EMBED) {}
+        : name(n), of_model(to), kind(k), rows(r), cols(EMBED) {}
     constexpr Slot(const char * n, Weight Layer::* to, Kind k = VECTOR, Dim r = nullptr,
                    Dim c = EMBED)
-        : name(n), of_model(nullptr), of_layer(to), kind(k), rows(r), cols(c) {}
+        : name(n), of_layer(to), kind(k), rows(r), cols(c) {}
+    constexpr Slot(const char * n, Weight TinyAttention::* to, Kind k = VECTOR, Dim r = nullptr)
+        : name(n), of_tiny(to), kind(k), rows(r), cols(EMBED) {}
 };
 
 // THE table of tensors: loading, checking, messages and quantizing all go by it.
@@ -53,6 +58,11 @@ const Slot slots[] = {
     {"ffn.key.weight", &Layer::ffn_key, MATRIX, FFN},
     {"ffn.value.weight", &Layer::ffn_value, MATRIX, EMBED, FFN},
     {"ffn.receptance.weight", &Layer::ffn_receptance, MATRIX, EMBED},
+    {"tiny_ln.weight", &TinyAttention::ln_weight},
+    {"tiny_ln.bias", &TinyAttention::ln_bias},
+    {"tiny_q.weight", &TinyAttention::q, MATRIX, TINY},
+    {"tiny_k.weight", &TinyAttention::k, MATRIX, TINY},
+    {"tiny_v.weight", &TinyAttention::v, MATRIX, EMBED},
     {"ln_out.weight", &Weights::ln_out_weight},
     {"ln_out.bias", &Weights::ln_out_bias},
     {"head.weight", &Weights::head, HEAD, VOCAB},
@@ -77,6 +87,7 @@ bool is_needed(const Tensor & tensor) {
 Weight & weight_of(Weights & weights, const Tensor & tensor) {
     const Slot & slot = *tensor.slot;
     if (slot.of_model != nullptr) return weights.*slot.of_model;
+    if (slot.of_tiny != nullptr) return weights.tiny.*slot.of_tiny;
     return weights.layers[tensor.layer].*slot.of_layer;
 }
 
@@ -103,15 +114,17 @@ static bool find_slot(Tensor & tensor) {
 }
 
 // Calls f(slot, layer) for each tensor that a model must have.
-template <class F> static void each_needed(size_t n_layer, F f) {
+template <class F> static void each_needed(const Shape & shape, F f) {
     for (const Slot & slot : slots) {
         const bool once = slot.of_model != nullptr || slot.kind == FIRST_VECTOR;
-        for (size_t layer = 0; layer < (once ? 1 : n_layer); layer++) f(slot, layer);
+        for (size_t layer = 0; layer < (once ? 1 : shape.n_layer); layer++) {
+            if (slot.of_tiny == nullptr || layer == shape.tiny_layer) f(slot, layer);
+        }
     }
 }
 
 // What a model with a tensor that RWKV-4 does not know seems to be.
-static const char * guess_architecture(const Index & index) {
+static const char * guess_architecture(Index & index) {
     // A later architecture has the tensors of earlier ones too, so it comes first.
     static const struct {
         const char * part;
@@ -125,15 +138,19 @@ static const char * guess_architecture(const Index & index) {
         {"time_faaaa", "RWKV-5.2, which is not supported yet"},
         {"att.gate", "RWKV-5.2, which is not supported yet"},
         {"att.ln_x", "RWKV-5, which is not supported yet"},
-        {"tiny_", "RWKV-4a (with tiny attention), which is not supported yet"},
+        {"tiny_mask", "RWKV-4a with a mask that only training uses; convert its checkpoint again"},
+        {"att.qq", "RWKV-4 with a softmax attention in each layer, which is not supported"},
         {"pos_emb", "RWKV-4 with positional embeddings, which are not supported"},
         {"ffnPre",
          "RWKV-4 with a feed-forward layer in place of attention, which is not supported"},
-        {"head_", "RWKV-4 with head_qk, which is not supported"},
+        {".time_mix", "RWKV-2, which is not supported"},
+        {".time_w", "RWKV-1, which is not supported"},
+        {"head_", "RWKV-4 (or RWKV-2 or 3) with head_qk, which is not supported"},
     };
     for (const auto & sign : signs) {
-        for (const Tensor & tensor : index.tensors) {
-            if (tensor.name.find(sign.part) != std::string::npos) return sign.architecture;
+        for (Tensor & tensor : index.tensors) {
+            if (tensor.name.find(sign.part) == std::string::npos) continue;
+            if (!find_slot(tensor)) return sign.architecture;
         }
     }
     return "of an unknown architecture";
@@ -150,9 +167,30 @@ static std::vector<size_t> expected_dims(const Slot & slot, const Shape & shape)
     return {shape.*slot.rows, shape.*slot.cols};
 }
 
+// Takes what the header does not say from a tensor, and checks it.
+static void learn_shape(const Index & index, const Tensor & tensor, Shape & shape) {
+    const char * path = index.path.c_str();
+    const char * name = tensor.name.c_str();
+    const Slot & slot = *tensor.slot;
+    const auto rows = [&](size_t limit) {
+        return check_dimension(RWKV_ERROR_MODEL_PARAMS, index.path, name, tensor.dims[0], limit);
+    };
+    if (slot.rows == FFN && tensor.layer == 0) shape.n_ffn = rows(max_ffn);
+    if (slot.rows == TINY) shape.n_tiny = rows(max_tiny);
+    if (slot.of_tiny == nullptr || tensor.layer == shape.tiny_layer) return;
+    if (shape.tiny_layer < shape.n_layer) {
+        fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_UNSUPPORTED,
+             "%s: unexpected tensor '%s': layer %zu has a tiny attention already, expected one in "
+             "RWKV-4a",
+             path, name, shape.tiny_layer);
+    }
+    shape.tiny_layer = tensor.layer;
+}
+
 // Sets what read_index leaves open, and checks that this is a model.
 static void check_tensors(Index & index) {
     Shape & shape = index.shape;
+    shape.tiny_layer = shape.n_layer;
     const char * path = index.path.c_str();
     for (Tensor & tensor : index.tensors) {
         const char * name = tensor.name.c_str();
@@ -166,12 +204,9 @@ static void check_tensors(Index & index) {
                  "%s: unexpected tensor '%s': n_layer is %zu, says the header", path, name,
                  shape.n_layer);
         }
-        if (tensor.slot->rows == FFN && tensor.layer == 0) {
-            shape.n_ffn =
-                check_dimension(RWKV_ERROR_MODEL_PARAMS, index.path, name, tensor.dims[0], max_ffn);
-        }
+        learn_shape(index, tensor, shape);
     }
-    each_needed(shape.n_layer, [&](const Slot & slot, size_t layer) {
+    each_needed(shape, [&](const Slot & slot, size_t layer) {
         const std::string name = tensor_name(slot, layer);
         if (index.names.count(name) != 0) return;
         fail(RWKV_ERROR_MODEL_PARAMS | RWKV_ERROR_PARAM_MISSING,
@@ -205,12 +240,12 @@ Index imagine_index(size_t n_vocab, size_t n_embed, size_t n_layer, ggml_type ty
     check_dimension(RWKV_ERROR_ARGS, where, "n_embed", n_embed, max_embed);
     check_dimension(RWKV_ERROR_ARGS, where, "n_layer", n_layer, max_layers);
     check_row(RWKV_ERROR_ARGS, where, n_embed, type);
-    const Shape shape = {n_vocab, n_embed, n_layer, 4 * n_embed};
+    const Shape shape = {n_vocab, n_embed, n_layer, 4 * n_embed, 0, n_layer};
     Index index;
     index.path = where;
     index.size = header_size;
     index.shape = shape;
-    each_needed(shape.n_layer, [&](const Slot & slot, size_t layer) {
+    each_needed(shape, [&](const Slot & slot, size_t layer) {
         Tensor tensor = {tensor_name(slot, layer),
                          GGML_TYPE_FP32,
                          expected_dims(slot, shape),
@@ -234,13 +269,18 @@ Index imagine_index(size_t n_vocab, size_t n_embed, size_t n_layer, ggml_type ty
 
 // ---- Evaluation ---------------------------------------------------------------------------------
 
-size_t state_length(const Shape & shape) {
+static size_t length_of_layers(const Shape & shape) {
     return STATE_VECTORS * shape.n_embed * shape.n_layer;
+}
+
+size_t state_length(const Shape & shape) {
+    return length_of_layers(shape) + shape.n_tiny * shape.n_embed;
 }
 
 void initial_state(const Shape & shape, float * state) {
     for (size_t i = 0; i < state_length(shape); i++) {
-        const float value = i / shape.n_embed % STATE_VECTORS == PP ? -1e30f : 0.0f;
+        const bool pp = i < length_of_layers(shape) && i / shape.n_embed % STATE_VECTORS == PP;
+        const float value = pp ? -1e30f : 0.0f;
         std::memcpy((char *)state + i * sizeof value, &value, sizeof value);
     }
 }
@@ -261,6 +301,7 @@ uint64_t lay_out(Scratch & s, const Shape & shape, uint8_t * base) {
     for (Rows * r : {&s.xk, &s.xv, &s.xr, &s.y}) rows(*r, max_rows, shape.n_embed, true);
     for (Rows * r : {&s.x, &s.xx, &s.k, &s.v, &s.r}) rows(*r, max_rows, shape.n_embed, false);
     rows(s.ffn, max_rows, shape.n_ffn, true);
+    for (Rows * r : {&s.tiny_q, &s.tiny_k}) rows(*r, max_rows, shape.n_tiny, false);
     rows(s.logits, max_logit_rows, shape.n_vocab, false);
     return used;
 }
@@ -336,14 +377,18 @@ struct Forward : Pass {
         }
     }
 
-    void embed() const {
+    void look_up(size_t t, float * embedding) const {
         const Weight & emb = weights.emb;
+        const Segment & in = segment(t);
+        const uint32_t token = token_at(in.run->sequence, in.token + t - in.first);
+        const uint8_t * row = (const uint8_t *)emb.data + token * ggml_row_size(emb.type, n);
+        ggml_dequantize_row(emb.type, row, embedding, n);
+    }
+
+    void embed() const {
         const Layer & l = weights.layers[0];
-        const size_t row_size = ggml_row_size(emb.type, n);
         each_row([&](size_t t) {
-            const Segment & in = segment(t);
-            const uint32_t token = token_at(in.run->sequence, in.token + t - in.first);
-            ggml_dequantize_row(emb.type, (const uint8_t *)emb.data + token * row_size, s.x[t], n);
+            look_up(t, s.x[t]);
             kernels.layer_norm(n, s.x[t], l.ln0_weight, l.ln0_bias, s.x[t]);
         });
     }
@@ -428,6 +473,42 @@ struct Forward : Pass {
         }
     }
 
+    // x += qᵀM / √n_tiny with M += k ⊗ v: attention to all tokens so far, without a softmax.
+    void tiny_attention() const {
+        const TinyAttention & l = weights.tiny;
+        each_row([&](size_t t) {
+            kernels.layer_norm(n, s.x[t], l.ln_weight, l.ln_bias, s.xr[t]);
+            std::memcpy(s.xk[t], s.xr[t], n * sizeof(float));  // their types may differ
+            look_up(t, s.xv[t]);
+            prepare(l.q, s.xr, t, 0, n);
+            prepare(l.k, s.xk, t, 0, n);
+            prepare(l.v, s.xv, t, 0, n);
+        });
+        each_piece(shape.n_tiny, [&](size_t first, size_t last) {
+            multiply(l.q, s.xr, s.tiny_q, first, last);
+            multiply(l.k, s.xk, s.tiny_k, first, last);
+        });
+        each_piece(n, [&](size_t first, size_t last) {
+            multiply(l.v, s.xv, s.v, first, last);
+            for (size_t i = 0; i < chunk.n_segments; i++) {
+                attend(chunk.segments[i], first, last);
+            }
+        });
+    }
+
+    // The recurrence for some channels; few at a time, so that their part of M stays in the cache.
+    void attend(const Segment & segment, size_t first, size_t last) const {
+        constexpr size_t few = 2 * GGML_ROW_UNIT;
+        const float scale = 1 / std::sqrt((float)shape.n_tiny);
+        float * m = segment.run->state + length_of_layers(shape);
+        for (size_t c = first; c < last; c += few) {
+            for (size_t t = segment.first; t < segment.last; t++) {
+                kernels.linear_attention(shape.n_tiny, std::min(few, last - c), s.tiny_q[t],
+                                         s.tiny_k[t], s.v[t] + c, scale, m + c, n, s.x[t] + c);
+            }
+        }
+    }
+
     void keep_hidden() const {
         each_row([&](size_t t) {
             const Segment & in = segment(t);
@@ -465,6 +546,7 @@ void evaluate_layer(const Pass & pass, size_t layer) {
     const Forward forward{pass};
     forward.time_mixing(layer);
     forward.channel_mixing(layer);
+    if (layer == pass.shape.tiny_layer) forward.tiny_attention();
 }
 
 void keep_hidden(const Pass & pass) {

@@ -1,4 +1,5 @@
-/* arch/rwkv4.h: RWKV-4: its tensors, its state, and a chunk of tokens on its way to logits. */
+/* arch/rwkv4.h: RWKV-4 and RWKV-4a, which adds a tiny attention to one layer: their tensors, their
+ * state, and a chunk of tokens on its way to logits. */
 #ifndef RWKV_ARCH_RWKV4_H
 #define RWKV_ARCH_RWKV4_H
 
@@ -23,8 +24,15 @@ struct Layer {
     Weight ffn_key, ffn_value, ffn_receptance;
 };
 
+/* Of RWKV-4a, after one of the layers. */
+struct TinyAttention {
+    Weight ln_weight, ln_bias;
+    Weight q, k, v;
+};
+
 struct Weights {
     Weight emb, ln_out_weight, ln_out_bias, head;
+    TinyAttention tiny;
     std::vector<Layer> layers;
 };
 
@@ -45,7 +53,8 @@ Weight & weight_of(Weights & weights, const Tensor & tensor); /* weights.layers:
 
 /* ---- Evaluation ----------------------------------------------------------------------------- */
 
-/* The state of a layer: n_embed floats of each, in this order. */
+/* The state of a layer: n_embed floats of each, in this order. After the last layer follows, in
+ * RWKV-4a, M of the tiny attention: n_tiny rows of n_embed floats, zero at first. */
 enum StateVector {
     FFN_XX, /* input of channel mixing for the token before */
     ATT_XX, /* input of time mixing for the token before */
@@ -65,6 +74,7 @@ struct Scratch {
     Rows k, v, r;    /* what the matrices make of them */
     Rows y;          /* weighted average of values; output of a mixing */
     Rows ffn;        /* hidden layer of channel mixing */
+    Rows tiny_q, tiny_k;
     Rows logits;
 };
 

@@ -172,6 +172,11 @@ struct ggml_kernels {
     void (*wkv)(size_t n, const float * u, const float * w, const float * k, const float * v,
                 float * aa, float * bb, float * pp, float * y);
 
+    /* M += k ⊗ v;  y += (qᵀM)·scale, for n columns of M, which has d rows: row i at m + i * ldm.
+     * The vectors q and k have d elements, v and y have n. */
+    void (*linear_attention)(size_t d, size_t n, const float * q, const float * k, const float * v,
+                             float scale, float * m, size_t ldm, float * y);
+
     /* Work for ggml_measure; what they return only keeps compilers from leaving it out. read: sums
      * up n bytes at `streams` (1, 2 or 4) places side by side, prefetching `ahead` bytes if that is
      * not 0; n is a multiple of 1024. fma, dot: n multiply-adds in registers, of floats and of

@@ -53,6 +53,7 @@ static void lay_over(struct ggml_kernels * table, const struct ggml_kernels * le
     TAKE(sigmoid_mul);
     TAKE(sigmoid_mul_add);
     TAKE(wkv);
+    TAKE(linear_attention);
     TAKE(read);
     TAKE(fma);
     TAKE(dot);

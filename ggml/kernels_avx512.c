@@ -602,6 +602,37 @@ static void wkv(size_t n, const float * u, const float * w, const float * k, con
     }
 }
 
+/* `count` registers of columns, the last of them perhaps in part. */
+GGML_INLINE void attend(size_t count, size_t d, size_t n, const float * q, const float * k,
+                        const float * v, float scale, float * m, size_t ldm, float * y) {
+    __m512 value[4], acc[4];
+    for (size_t j = 0; j < count; j++) {
+        value[j] = load(v + 16 * j, n - 16 * j);
+        acc[j] = _mm512_setzero_ps();
+    }
+    for (size_t i = 0; i < d; i++, m += ldm) {
+        const __m512 qi = _mm512_set1_ps(q[i]), ki = _mm512_set1_ps(k[i]);
+        for (size_t j = 0; j < count; j++) {
+            __m512 row = load(m + 16 * j, n - 16 * j);
+            row = _mm512_add_ps(row, _mm512_mul_ps(ki, value[j]));
+            store(m + 16 * j, n - 16 * j, row);
+            acc[j] = _mm512_add_ps(acc[j], _mm512_mul_ps(qi, row));
+        }
+    }
+    for (size_t j = 0; j < count; j++) {
+        __m512 sum = load(y + 16 * j, n - 16 * j);
+        store(y + 16 * j, n - 16 * j,
+              _mm512_add_ps(sum, _mm512_mul_ps(acc[j], _mm512_set1_ps(scale))));
+    }
+}
+
+static void linear_attention(size_t d, size_t n, const float * q, const float * k, const float * v,
+                             float scale, float * m, size_t ldm, float * y) {
+    size_t c = 0;
+    for (; n - c >= 64; c += 64) attend(4, d, 64, q, k, v + c, scale, m + c, ldm, y + c);
+    for (; c < n; c += 16) attend(1, d, n - c, q, k, v + c, scale, m + c, ldm, y + c);
+}
+
 /* ---- Limits --------------------------------------------------------------------------------- */
 
 GGML_INLINE uint64_t read_streams(const uint8_t * data, size_t n, size_t streams, size_t ahead) {
@@ -678,6 +709,7 @@ const struct ggml_kernels ggml_kernels_avx512 = {
     .sigmoid_mul = sigmoid_mul,
     .sigmoid_mul_add = sigmoid_mul_add,
     .wkv = wkv,
+    .linear_attention = linear_attention,
     .read = read_all,
     .fma = fma_all,
     .dot = dot_all,

@@ -436,6 +436,36 @@ static void wkv(size_t n, const float * u, const float * w, const float * k, con
     }
 }
 
+/* `count` registers of columns, the last of them perhaps in part. */
+GGML_INLINE void attend(size_t count, size_t d, size_t n, const float * q, const float * k,
+                        const float * v, float scale, float * m, size_t ldm, float * y) {
+    float32x4_t value[4], acc[4];
+    for (size_t j = 0; j < count; j++) {
+        value[j] = load(v + 4 * j, n - 4 * j);
+        acc[j] = vdupq_n_f32(0);
+    }
+    for (size_t i = 0; i < d; i++, m += ldm) {
+        const float32x4_t qi = vdupq_n_f32(q[i]), ki = vdupq_n_f32(k[i]);
+        for (size_t j = 0; j < count; j++) {
+            float32x4_t row = load(m + 4 * j, n - 4 * j);
+            row = vaddq_f32(row, vmulq_f32(ki, value[j]));
+            store(m + 4 * j, n - 4 * j, row);
+            acc[j] = vaddq_f32(acc[j], vmulq_f32(qi, row));
+        }
+    }
+    for (size_t j = 0; j < count; j++) {
+        float32x4_t sum = load(y + 4 * j, n - 4 * j);
+        store(y + 4 * j, n - 4 * j, vaddq_f32(sum, vmulq_f32(acc[j], vdupq_n_f32(scale))));
+    }
+}
+
+static void linear_attention(size_t d, size_t n, const float * q, const float * k, const float * v,
+                             float scale, float * m, size_t ldm, float * y) {
+    size_t c = 0;
+    for (; n - c >= 16; c += 16) attend(4, d, 16, q, k, v + c, scale, m + c, ldm, y + c);
+    for (; c < n; c += 4) attend(1, d, n - c, q, k, v + c, scale, m + c, ldm, y + c);
+}
+
 /* ---- Limits --------------------------------------------------------------------------------- */
 
 #if defined(_MSC_VER) && !defined(__clang__)
@@ -518,6 +548,7 @@ const struct ggml_kernels ggml_kernels_neon = {
     .sigmoid_mul = sigmoid_mul,
     .sigmoid_mul_add = sigmoid_mul_add,
     .wkv = wkv,
+    .linear_attention = linear_attention,
     .read = read_all,
     .fma = fma_all,
     .dot = dot_all,

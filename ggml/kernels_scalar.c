@@ -366,6 +366,22 @@ static void wkv(size_t n, const float * u, const float * w, const float * k, con
     }
 }
 
+static void linear_attention(size_t d, size_t n, const float * q, const float * k, const float * v,
+                             float scale, float * m, size_t ldm, float * y) {
+    for (size_t c = 0; c < n; c += LANES) {
+        const size_t lanes = n - c < LANES ? n - c : LANES;
+        float acc[LANES] = {0};
+        for (size_t i = 0; i < d; i++) {
+            float * row = m + i * ldm + c;
+            for (size_t j = 0; j < lanes; j++) {
+                row[j] += k[i] * v[c + j];
+                acc[j] += q[i] * row[j];
+            }
+        }
+        for (size_t j = 0; j < lanes; j++) y[c + j] += acc[j] * scale;
+    }
+}
+
 /* ---- Limits --------------------------------------------------------------------------------- */
 
 GGML_INLINE uint64_t read_streams(const uint8_t * data, size_t n, size_t streams) {
@@ -435,6 +451,7 @@ const struct ggml_kernels ggml_kernels_scalar = {
     .sigmoid_mul = sigmoid_mul,
     .sigmoid_mul_add = sigmoid_mul_add,
     .wkv = wkv,
+    .linear_attention = linear_attention,
     .read = read_all,
     .fma = fma_all,
     .dot = dot_all,

@@ -570,6 +570,36 @@ static void wkv(size_t n, const float * u, const float * w, const float * k, con
     }
 }
 
+/* `count` registers of columns, the last of them perhaps in part. */
+GGML_INLINE void attend(size_t count, size_t d, size_t n, const float * q, const float * k,
+                        const float * v, float scale, float * m, size_t ldm, float * y) {
+    __m128 value[4], acc[4];
+    for (size_t j = 0; j < count; j++) {
+        value[j] = load(v + 4 * j, n - 4 * j);
+        acc[j] = _mm_setzero_ps();
+    }
+    for (size_t i = 0; i < d; i++, m += ldm) {
+        const __m128 qi = _mm_set1_ps(q[i]), ki = _mm_set1_ps(k[i]);
+        for (size_t j = 0; j < count; j++) {
+            __m128 row = load(m + 4 * j, n - 4 * j);
+            row = _mm_add_ps(row, _mm_mul_ps(ki, value[j]));
+            store(m + 4 * j, n - 4 * j, row);
+            acc[j] = _mm_add_ps(acc[j], _mm_mul_ps(qi, row));
+        }
+    }
+    for (size_t j = 0; j < count; j++) {
+        __m128 sum = load(y + 4 * j, n - 4 * j);
+        store(y + 4 * j, n - 4 * j, _mm_add_ps(sum, _mm_mul_ps(acc[j], _mm_set1_ps(scale))));
+    }
+}
+
+static void linear_attention(size_t d, size_t n, const float * q, const float * k, const float * v,
+                             float scale, float * m, size_t ldm, float * y) {
+    size_t c = 0;
+    for (; n - c >= 16; c += 16) attend(4, d, 16, q, k, v + c, scale, m + c, ldm, y + c);
+    for (; c < n; c += 4) attend(1, d, n - c, q, k, v + c, scale, m + c, ldm, y + c);
+}
+
 /* ---- Limits --------------------------------------------------------------------------------- */
 
 enum { CHAINS = 12 }; /* sums that don't wait for each other: enough to keep the units busy */
@@ -603,5 +633,6 @@ const struct ggml_kernels ggml_kernels_sse2 = {
     .sigmoid_mul = sigmoid_mul,
     .sigmoid_mul_add = sigmoid_mul_add,
     .wkv = wkv,
+    .linear_attention = linear_attention,
     .dot = dot_all,
 };

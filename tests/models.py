@@ -38,12 +38,15 @@ def random_model(
     n_embed: int = 64,
     n_layer: int = 3,
     n_ffn: int | None = None,
+    n_tiny: int = 0,
+    tiny_layer: int = 0,
 ) -> dict[str, np.ndarray]:
     """The tensors of an RWKV-4 model in which every weight matters.
 
     Logits are of order 1..10, relu² is active, and wkv depends on time_first and on decays that
     reach from 1 to 500 tokens. float32, (rows, cols), time_decay already -exp(...); keys in the
-    order of a checkpoint. n_ffn is 2 * n_embed + 32 by default.
+    order of a checkpoint. n_ffn is 2 * n_embed + 32 by default. With n_tiny it is one of RWKV-4a:
+    tiny_layer has a tiny attention of this width.
     """
     random = np.random.default_rng(seed)
     n_ffn = n_ffn or 2 * n_embed + 32
@@ -82,6 +85,12 @@ def random_model(
             f"{block}.ffn.receptance.weight": matrix(n_embed, n_embed, gain=1.5),
             f"{block}.ffn.value.weight": matrix(n_embed, n_ffn, gain=1.0),
         }
+        if n_tiny and i == tiny_layer:
+            tensors |= norm(f"{block}.tiny_ln") | {
+                f"{block}.tiny_q.weight": matrix(n_tiny, n_embed, gain=0.5),
+                f"{block}.tiny_k.weight": matrix(n_tiny, n_embed, gain=0.5),
+                f"{block}.tiny_v.weight": matrix(n_embed, n_embed, gain=1.0),
+            }
     tensors |= norm("ln_out") | {"head.weight": matrix(n_vocab, n_embed, gain=3.0)}
     return {key: value.astype(np.float32) for key, value in tensors.items()}
 

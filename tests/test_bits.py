@@ -30,6 +30,12 @@ def tensors():
     return random_model(5, N_VOCAB, n_embed=64, n_layer=3, n_ffn=160)
 
 
+@pytest.fixture(scope="module")
+def tiny_tensors():
+    """RWKV-4a, with as many rows of tiny_q as leave a stripe incomplete."""
+    return random_model(5, N_VOCAB, n_embed=96, n_layer=3, n_ffn=160, n_tiny=40, tiny_layer=1)
+
+
 def assert_same_bits(actual, expected):
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.dtype == expected.dtype == np.float32
@@ -197,6 +203,69 @@ def test_every_way_gives_the_same_bits(tmp_path, tensors, monkeypatch, version, 
     assert {None, "scalar"} <= levels_run
 
 
+@pytest.mark.parametrize("sparse_ffn", [False, True])
+@pytest.mark.parametrize("name", ["FP32", "Q8_0"])
+def test_tiny_attention_leaving_zeros_out(tmp_path, tiny_tensors, name, sparse_ffn):
+    path = tmp_path / "model.bin"
+    file = write_model(path, tiny_tensors, name)
+    logits, state = canonical.forward(file, TOKENS[:40])
+    with RWKVModel(None, path, 2, sparse_ffn=sparse_ffn) as model:
+        check_all_ways(model, TOKENS[:40], logits, state)
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "activations"),
+    [(version, name, "A16") for version, name in FORMATS[2:]]  # FP32 and FP16 in one version only
+    + [(version, name, "int8") for version, name in QUANTIZED]
+    + [(101, name, "bf16") for name in (*quants.PLAIN, "Q5_1")],
+)
+def test_tiny_attention(tmp_path, tiny_tensors, monkeypatch, version, name, activations):
+    """RWKV-4a: the reference's bits in every format, on every level, every way."""
+    path, tokens = tmp_path / "model.bin", TOKENS[:40]
+    file = write_model(path, tiny_tensors, name, version)
+    logits, state = canonical.forward(file, tokens, activations=activations)
+    assert state.size == (5 * 3 + 40) * 96
+    for level in LEVELS:
+        monkeypatch.setenv("RWKV_ISA", level)
+        for threads, mmap in ((1, True), (3, False)):
+            try:
+                model = RWKVModel(None, path, threads, mmap=mmap, activations=activations)
+            except RuntimeError:
+                break  # this CPU has no such level
+            with model:
+                check_all_ways(model, tokens, logits, state)
+
+
+@pytest.mark.parametrize("n_tiny", [1, 16, 33, 100])
+def test_tiny_attention_of_any_width_and_300_tokens(tmp_path, n_tiny):
+    path = tmp_path / "model.bin"
+    tensors = random_model(6, 17, n_embed=68, n_layer=2, n_tiny=n_tiny, tiny_layer=n_tiny % 2)
+    tokens = [token % 17 for token in TOKENS]
+    file = write_model(path, tensors)
+    logits, state = canonical.forward(file, tokens)
+    with RWKVModel(None, path, 2) as model:
+        core_logits, core_state = evaluate(model, tokens[:270])
+        assert_same_bits(core_logits, logits[:270])
+        core_logits, core_state = evaluate(model, tokens[270:], core_state)
+    assert_same_bits(core_logits, logits[270:])
+    assert_same_bits(core_state, state)
+    resumed = canonical.forward(file, tokens[270:], canonical.forward(file, tokens[:270])[1])
+    assert_same_bits(resumed[1], state)
+
+
+def test_tiny_attention_of_mixed_types(tmp_path, tiny_tensors):
+    path, block = tmp_path / "model.bin", "blocks.1."
+    types = {"tiny_q.weight": "Q8_0", "tiny_k.weight": "FP16", "tiny_v.weight": "Q5_1"}
+    types = {block + key: name for key, name in types.items()} | {"emb.weight": "Q4_0"}
+    file = write_model(path, tiny_tensors, "FP32", types=types)
+    for activations in (*ACTIVATIONS, "bf16"):
+        logits, state = canonical.forward(file, TOKENS[:20], activations=activations)
+        with RWKVModel(None, path, 2, activations=activations) as model:
+            core_logits, core_state = evaluate(model, TOKENS[:20])
+        assert_same_bits(core_logits, logits)
+        assert_same_bits(core_state, state)
+
+
 @pytest.mark.parametrize(
     ("version", "name"), [(101, "FP32"), (101, "FP16"), (100, "Q8_0"), (101, "Q8_0")]
 )
@@ -261,6 +330,22 @@ def test_close_to_float64(tmp_path, tensors, name):
     with RWKVModel(None, path, 2) as model:
         logits, _ = evaluate(model, TOKENS)
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", quants.PLAIN)
+def test_tiny_attention_is_close_to_float64(tmp_path, tiny_tensors, name):
+    """300 tokens, each of which meets all before it in the float64 reference."""
+    path = tmp_path / "model.bin"
+    file = write_model(path, tiny_tensors, name)
+    expected, state = rwkv_v4.forward(file_weights(file), TOKENS)
+    without = {key: value for key, value in file_weights(file).items() if "tiny" not in key}
+    plain, _ = rwkv_v4.forward(without, TOKENS)
+    assert np.abs(plain - expected).max() > 0.5 * np.abs(expected).max()
+    with RWKVModel(None, path, 2) as model:
+        core_logits, core_state = evaluate(model, TOKENS)
+    assert np.abs(core_logits - expected).max() <= 1e-5 * np.abs(expected).max()
+    m = slice(5 * 3 * 96, None)
+    assert np.abs(core_state[m] - state[m]).max() <= 1e-5 * np.abs(state[m]).max()
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)

@@ -15,6 +15,7 @@ import checkpoints as make
 import models
 import numpy as np
 import pytest
+from rwkv_cpp import RWKVModel
 from rwkv_cpp.convert import BLOCK_TENSORS, TENSORS, check_tensors, convert
 from rwkv_cpp.errors import RWKVFileError
 from rwkv_cpp.ggmf import read_index
@@ -276,7 +277,9 @@ def test_widths_of_channel_mixing_that_differ(refused):  # C-09
         "blocks.0.att.k_k": "RWKV-7",
         "blocks.0.att.r_k": "RWKV-7",
         "blocks.0.ffn.s_emb.weight": "RWKV-7 with DeepEmbed",
-        "blocks.9.tiny_q.weight": "RWKV-4a",
+        "blocks.0.att.qq.weight": "softmax attention",
+        "blocks.0.att.time_mix": "RWKV-2",
+        "blocks.0.att.time_w": "RWKV-1",
         "pos_emb_x": "my_pos_emb",
         "blocks.0.ffnPre.key.weight": "pre_ffn",
         "head_q.weight": "head_qk",
@@ -566,3 +569,46 @@ finally:
     largest = item * n_vocab * n_embed
     assert peak <= 3 * largest + (80 << 20)  # the interpreter and numpy take 40 MiB
     assert end > 6 * largest
+
+
+# ---- RWKV-4a ----
+
+
+TRAINED_4A = trained(n_tiny=5, tiny_layer=1)
+TINY = [key for key in TRAINED_4A if ".tiny_" in key]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_4a_is_converted_without_its_mask(tmp_path, suffix):
+    mask = {"blocks.1.tiny_mask": np.tril(np.ones((7, 7), np.float32))}
+    convert(save(tmp_path / "a.pth", TRAINED_4A | mask), tmp_path / f"a{suffix}", "FP32")
+    if suffix == ".safetensors":
+        convert(tmp_path / "a.safetensors", tmp_path / "a.bin", "FP32")
+    models.write_model(tmp_path / "b.bin", converted(TRAINED_4A))
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+    with RWKVModel(None, tmp_path / "a.bin", 1) as model:
+        assert model.n_state == (5 * LAYERS + 5) * 32
+
+
+@pytest.mark.parametrize("key", TINY)
+def test_4a_needs_all_of_its_tiny_attention(refused, key):
+    tensors = TRAINED_4A
+    refused({name: tensors[name] for name in tensors if name != key}, f"are missing: {key}")
+    refused(tensors | {key: tensors[key][..., :-1]}, rf"'{key}' is .*, expected ")
+    other = key.replace("blocks.1", "blocks.2")
+    refused(tensors | {other: tensors[key]}, "blocks 1, 2 have a tiny attention, RWKV-4a has one")
+
+
+def test_widths_of_tiny_attention(refused):
+    key = "blocks.1.tiny_k.weight"
+    refused(TRAINED_4A | {key: TRAINED_4A[key][:-1]}, f"'{key}' is 4 x 32, expected 5 x 32")
+    refused(trained(n_tiny=4097), "tiny attention is 4097 wide, expected at most 4096")
+    right = {name: values.shape for name, values in TRAINED_4A.items()}
+    assert check_tensors(right) == (50, 32, 3)
+    with pytest.raises(ValueError, match=r"tiny_q\.weight' is 0 x 32, expected "):
+        check_tensors(right | {"blocks.1.tiny_q.weight": (0, 32)})
+
+
+def test_rwkv_3_is_known_by_its_shapes(refused):
+    columns = {key: TRAINED[key][:, None] for key in TRAINED if key.endswith("time_decay")}
+    refused(TRAINED | columns, r"time_decay' is 32 x 1, expected 32: this is RWKV-3, only")

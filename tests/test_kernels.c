@@ -388,6 +388,19 @@ static void test_sparse_minus_zero(const struct ggml_kernels * k) {
 
 enum { VECTORS = 9 };
 
+/* In memory that ends with it. */
+static float * random_vector(size_t n, int kind) {
+    float * x = (float *)allocate(n * sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = random_input((enum input)kind);
+    return x;
+}
+
+static float * copy_of(const float * x, size_t n) {
+    float * copy = (float *)allocate(n * sizeof *x);
+    memcpy(copy, x, n * sizeof *x);
+    return copy;
+}
+
 /* `count` vectors of n floats, each in memory of its own that ends with it. */
 static void make_vectors(size_t n, enum input kind, float * vectors[VECTORS]) {
     for (int i = 0; i < VECTORS; i++) {
@@ -463,6 +476,27 @@ static void test_vectors(const struct ggml_kernels * k) {
                 if (!name) break;
                 check(equal, "%s: %s of %zu, input %d", k->isa, name, n, kind);
             }
+        }
+    }
+}
+
+/* n columns of a matrix that has three more, which are left alone. */
+static void test_linear_attention(const struct ggml_kernels * k) {
+    for (size_t n = 1; n <= 150; n++) {
+        for (int kind = NORMAL_INPUT; kind <= SPECIALS; kind++) {
+            const size_t d = 1 + random_below(20), ldm = n + 3, size = d * ldm - 3;
+            float *q = random_vector(d, kind), *key = random_vector(d, kind);
+            float *v = random_vector(n, kind), *m = random_vector(size, kind);
+            float *y = random_vector(n, kind), *expected_m = copy_of(m, size);
+            float *expected_y = copy_of(y, n), scale = random_normal();
+            k->linear_attention(d, n, q, key, v, scale, m, ldm, y);
+            scalar->linear_attention(d, n, q, key, v, scale, expected_m, ldm, expected_y);
+            bool equal = true;
+            for (size_t i = 0; i < size; i++) equal &= same(m[i], expected_m[i]);
+            for (size_t i = 0; i < n; i++) equal &= same(y[i], expected_y[i]);
+            check(equal, "%s: linear_attention, %zu x %zu, input %d", k->isa, d, n, kind);
+            float * all[] = {q, key, v, m, y, expected_m, expected_y};
+            for (int i = 0; i < 7; i++) free(all[i]);
         }
     }
 }
@@ -668,6 +702,24 @@ static void bench_vectors(const struct ggml_kernels * k) {
     free(act);
 }
 
+/* Of a model of 2048 channels, 64 of them at a time, as many tokens as a chunk has. */
+static void bench_linear_attention(const struct ggml_kernels * k, size_t d) {
+    enum { N = 2048, FEW = 64, TOKENS = 256 };
+    float *q = random_vector(d, NORMAL_INPUT), *v = random_vector(N, NORMAL_INPUT);
+    float *m = random_vector(d * N, NORMAL_INPUT), *y = random_vector(N, NORMAL_INPUT);
+    double best = 1e9;
+    for (int repetition = 0; repetition < 5; repetition++) {
+        double start = now();
+        for (size_t c = 0; c < N; c += FEW)
+            for (size_t t = 0; t < TOKENS; t++)
+                k->linear_attention(d, FEW, q, q, v + c, 1e-9f, m + c, N, y + c);
+        best = fmin(best, (now() - start) / TOKENS);
+    }
+    printf("%-7s linear_attention of %4zu x %d: %7.0f ns a token\n", k->isa, d, N, best * 1e9);
+    float * all[] = {q, v, m, y};
+    for (int i = 0; i < 4; i++) free(all[i]);
+}
+
 /* All bytes are read, each once, whichever way. */
 static void test_read(const struct ggml_kernels * k) {
     enum { N = 3 * 1024 };
@@ -711,6 +763,8 @@ int main(int argc, char ** argv) {
             for (int t = 0; t < GGML_TYPE_COUNT; t++)
                 for (size_t n = 1; n <= 16; n *= 4) bench(k, (enum ggml_type)t, n);
             bench_vectors(k);
+            bench_linear_attention(k, 64);
+            bench_linear_attention(k, 256);
             continue;
         }
         int before = passed + failed;
@@ -721,6 +775,7 @@ int main(int argc, char ** argv) {
         test_sparse_minus_zero(k);
         test_large_float_matrices(k);
         test_vectors(k);
+        test_linear_attention(k);
         test_quantize_act(k, GGML_A16);
         test_quantize_act(k, GGML_A8);
         test_bf16_act(k);

@@ -304,7 +304,10 @@ UNKNOWN = {
     "blocks.0.att.time_maa_x": "RWKV-6",
     "blocks.0.att.r_k": "RWKV-7",
     "blocks.0.att.x_rwkvag": "RWKV-7",
-    "blocks.1.tiny_q.weight": "RWKV-4a",
+    "blocks.1.tiny_mask": "convert its checkpoint again",
+    "blocks.1.att.qq.weight": "softmax attention",
+    "blocks.0.att.time_mix": "RWKV-2",
+    "blocks.0.att.time_w": "RWKV-1",
     "pos_emb_x": "positional embeddings",
     "blocks.0.ffnPre.key.weight": "in place of attention",
     "head_q.weight": "head_qk",
@@ -345,6 +348,39 @@ def test_m16_known_but_not_needed(path: Path) -> None:
     np.testing.assert_array_equal(logits(path), wanted(encode(TENSORS)))
     write_records(path, header, [*records.values(), replace(extra, dims=(16,), data=bytes(64))])
     refused(path, "tensor 'blocks.1.ln0.weight': expected shape 32, file has 16")
+
+
+TENSORS_4A = random_model(7, n_vocab=8, n_embed=32, n_layer=3, n_tiny=6, tiny_layer=1)
+
+
+@pytest.mark.parametrize("key", [key for key in TENSORS_4A if ".tiny_" in key])
+def test_4a_needs_all_of_one_tiny_attention(path: Path, key: str) -> None:
+    header, records = make_file(TENSORS_4A)
+    write_records(path, header, [record for record in records.values() if record.key != key])
+    refused(path, f"tensor '{key}' is missing")
+
+    second = replace(records[key], key=key.replace("blocks.1", "blocks.2"))
+    write_records(path, header, [*records.values(), second])
+    refused(path, f"'{second.key}': layer 1 has a tiny attention already, expected one")
+    write_records(path, header, [replace(records[key], key=key.replace("blocks.1", "blocks.3"))])
+    refused(path, "n_layer is 3, says the header")
+
+    narrow = TENSORS_4A | {key: TENSORS_4A[key][..., :-1]}
+    write_model(path, narrow)
+    refused(path, f"tensor '{key}': expected shape ")
+
+
+def test_widths_of_tiny_attention(path: Path) -> None:
+    key = "blocks.1.tiny_k.weight"
+    write_model(path, TENSORS_4A | {key: TENSORS_4A[key][1:]})
+    refused(path, "file has 6 x 32")
+    wide = random_model(7, n_vocab=8, n_embed=32, n_layer=3, n_tiny=4097, tiny_layer=1)
+    write_model(path, wide)
+    refused(path, "tiny_q.weight is 4097, expected 1 to 4096")
+    header, records = make_file(TENSORS_4A)
+    records[key] = replace(records[key], dims=(32, 0))
+    write_records(path, header, records.values())
+    refused(path, "a dimension is 0, expected at least 1")
 
 
 @pytest.mark.parametrize("type_name", ["FP16", "Q4_0", "Q8_0"])

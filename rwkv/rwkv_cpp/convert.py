@@ -1,4 +1,4 @@
-"""Turns a checkpoint of RWKV-4 into a model file: `rwkv convert SRC DEST [FORMAT]`."""
+"""Turns a checkpoint of RWKV-4 or RWKV-4a into a model file: `rwkv convert SRC DEST [FORMAT]`."""
 
 import math
 import re
@@ -48,6 +48,18 @@ BLOCK_TENSORS = {
     "ffn.value.weight": "CF",
 }
 
+# RWKV-4a has these too, of one of its blocks: D = width of its tiny attention.
+TINY_TENSORS = {
+    "tiny_ln.weight": "C",
+    "tiny_ln.bias": "C",
+    "tiny_q.weight": "DC",
+    "tiny_k.weight": "DC",
+    "tiny_v.weight": "CC",
+}
+MAX_TINY = 1 << 12  # of D
+_TINY = re.compile(r"blocks\.(\d{1,9})\.tiny_")
+_TINY_MASK = re.compile(r"blocks\.\d+\.tiny_mask")  # training's alone: no weights
+
 # What names that RWKV-4 does not have say about a checkpoint; the first that is found counts.
 _FOREIGN = (
     (r"\.lora_[AB]\b", "a LoRA, which 'rwkv merge-lora' merges into a model"),
@@ -56,10 +68,12 @@ _FOREIGN = (
     (r"\.att\.time_maa_", "RWKV-6"),
     (r"\.att\.gate\.", "RWKV-5.2"),
     (r"\.att\.ln_x\.", "RWKV-5.1"),
-    (r"\.tiny_", "RWKV-4a (tiny attention)"),
+    (r"\.att\.(qq|kk|vv|oo)\.", "RWKV-4 with a softmax attention in each block (my_testing a)"),
+    (r"\.time_mix$", "RWKV-2"),
+    (r"\.time_(w|ww|alpha|beta|gamma)$", "RWKV-1"),
     (r"\bpos_emb", "RWKV-4 with position embeddings (my_pos_emb)"),
     (r"\.ffnPre\.", "RWKV-4 with a feed-forward first block (pre_ffn)"),
-    (r"\bhead_[qk]\b", "RWKV-4 with a copying head (head_qk)"),
+    (r"\bhead_[qk]\b", "RWKV-4, RWKV-3 or RWKV-2 with a copying head (head_qk)"),
 )
 _BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
 
@@ -91,7 +105,8 @@ def convert(
         raise ValueError(f"unknown data type {data_type!r} (choose FP16 or FP32)")
     refuse_same_file(source, target)
     with open_checkpoint(source, key) as checkpoint:
-        shapes = {name: checkpoint.shape(name) for name in checkpoint}
+        names = [name for name in checkpoint if not _TINY_MASK.fullmatch(name)]
+        shapes = {name: checkpoint.shape(name) for name in names}
         try:
             sizes = check_tensors(shapes)
         except ValueError as error:
@@ -124,13 +139,13 @@ def convert(
             write_safetensors(target, layout, read)
         else:
             with Writer(target, header) as writer:
-                for name in checkpoint:
+                for name in names:
                     writer.write(name, types[name], read(name, transformed=True))
     return header
 
 
 def check_tensors(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]:
-    """Return n_vocab, n_embed and n_layer of the RWKV-4 model that has tensors of these shapes.
+    """Return n_vocab, n_embed and n_layer of the RWKV-4 or 4a model with tensors of these shapes.
 
     Raises ValueError, naming the tensors, if they belong to another architecture, if some are
     missing or unknown, or if they do not fit together.
@@ -138,7 +153,7 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]
     for pattern, what in _FOREIGN:
         foreign = next((name for name in shapes if re.search(pattern, name)), None)
         if foreign:
-            raise ValueError(f"'{foreign}' belongs to {what}; only RWKV-4 can be converted")
+            raise ValueError(f"'{foreign}' belongs to {what}; only RWKV-4 and 4a can be converted")
     if "emb.weight" not in shapes:
         raise ValueError(f"'emb.weight' is missing; {_what_there_is(shapes)}")
     present = {int(match[1]) for name in shapes if (match := _BLOCK.match(name))}
@@ -151,6 +166,12 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]
         for i in range(n_layer)
         for name, letters in BLOCK_TENSORS.items()
     }
+    tiny = sorted({int(match[1]) for name in shapes if (match := _TINY.match(name))})
+    if len(tiny) > 1:
+        raise ValueError(f"blocks {some([*map(str, tiny)])} have a tiny attention, RWKV-4a has one")
+    tensors |= {
+        f"blocks.{i}.{name}": letters for i in tiny for name, letters in TINY_TENSORS.items()
+    }
     missing = [name for name in tensors if name not in shapes]
     if missing:
         gaps = tuple(f"blocks.{i}." for i in range(n_layer) if i not in present)
@@ -159,10 +180,18 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]
     unknown = [name for name in shapes if name not in tensors]
     if unknown:
         raise ValueError(f"RWKV-4 has no such tensors: {some(unknown)}")
+    decay = shapes["blocks.0.att.time_decay"]
+    if len(decay) == 2 and decay[0] > 1 == decay[1]:
+        raise ValueError(
+            f"'blocks.0.att.time_decay' is {decay[0]} x 1, expected {decay[0]}: this is RWKV-3, only "
+            "RWKV-4 and 4a can be converted"
+        )
 
     sizes: dict[str, int] = {}
     for name, letters in tensors.items():
         _check_shape(name, shapes[name], letters, sizes)
+    if sizes.get("D", 0) > MAX_TINY:
+        raise ValueError(f"the tiny attention is {sizes['D']} wide, expected at most {MAX_TINY}")
     return sizes["V"], sizes["C"], n_layer
 
 
@@ -209,7 +238,7 @@ def _what_there_is(names: Iterable[str]) -> str:
 def command(
     source: Path, target: Path, data_type: str, key: str | None, clamp: bool, allow_nan: bool
 ) -> None:
-    """Convert a checkpoint of RWKV-4 to a model file.
+    """Convert a checkpoint of RWKV-4 or 4a to a model file.
 
     SRC is a PyTorch (.pth) or a safetensors checkpoint. FORMAT is float16 (the default) or float32.
     A DEST that ends in .safetensors is written in that format and can be converted again. DEST

@@ -1,4 +1,4 @@
-"""The canonical arithmetic in numpy: RWKV-4 to the last bit.
+"""The canonical arithmetic in numpy: RWKV-4 and 4a to the last bit.
 
 `ggml/README.md` defines every result of the core bit by bit; this module is that page in another
 language, and what the core computes must equal it. Outside `fma` all is plain float32, and numpy
@@ -39,7 +39,8 @@ def forward(
     """The logits (tokens, n_vocab) after every token, and the state after the last, in float32.
 
     There is at least one token. `state`, (n_layer, 5, n_embed) or flat, is where to go on from;
-    None is the beginning of a text. It is not changed. `activations` is a key of STEPS, or
+    None is the beginning of a text. It is not changed. That of RWKV-4a is flat, and M follows the
+    layers. `activations` is a key of STEPS, or
     "bf16": A16, and FP32 and FP16 matrices are multiplied as bfloat16.
     """
     n_layer = sum(key.endswith(".ln1.weight") for key in model)
@@ -47,7 +48,8 @@ def forward(
     if state is None:
         state = np.zeros((n_layer, 5, n_embed), F32)
         state[:, PP] = -1e30
-    state = np.array(state, F32).reshape(n_layer, 5, n_embed)
+    state, m = np.split(np.array(state, F32).ravel(), [n_layer * 5 * n_embed])
+    state = state.reshape(n_layer, 5, n_embed)
 
     product = partial(matmul, activations=activations)
     x = embed(model["emb.weight"], tokens)
@@ -55,7 +57,10 @@ def forward(
     for i in range(n_layer):
         x = x + time_mixing(layer_norm(x, model, f"blocks.{i}.ln1"), model, i, state[i], product)
         x = x + channel_mixing(layer_norm(x, model, f"blocks.{i}.ln2"), model, i, state[i], product)
-    return product(model["head.weight"], layer_norm(x, model, "ln_out")), state
+        if f"blocks.{i}.tiny_q.weight" in model:
+            x, m = tiny_attention(x, model, f"blocks.{i}", tokens, m, product)
+    logits = product(model["head.weight"], layer_norm(x, model, "ln_out"))
+    return logits, np.concatenate([state.ravel(), m.ravel()]) if m.size else state
 
 
 def embed(table: Tensor, tokens: Sequence[int]) -> np.ndarray:
@@ -108,6 +113,27 @@ def channel_mixing(
     k = relu2(product(model[f"{ffn}.key.weight"], xk))
     gate = sigmoid(product(model[f"{ffn}.receptance.weight"], xr))
     return gate * product(model[f"{ffn}.value.weight"], k)
+
+
+def tiny_attention(
+    x: np.ndarray,
+    model: Model,
+    block: str,
+    tokens: Sequence[int],
+    m: np.ndarray,
+    product: Product,
+) -> tuple[np.ndarray, np.ndarray]:
+    z = layer_norm(x, model, f"{block}.tiny_ln")
+    q, k = product(model[f"{block}.tiny_q.weight"], z), product(model[f"{block}.tiny_k.weight"], z)
+    v = product(model[f"{block}.tiny_v.weight"], embed(model["emb.weight"], tokens))
+    m = m.reshape(-1, x.shape[1]) if m.size else np.zeros((q.shape[1], x.shape[1]), F32)
+    y = np.empty_like(x)
+    for t in range(len(x)):
+        m = m + k[t][:, None] * v[t]
+        y[t] = 0
+        for row, query in zip(m, q[t], strict=True):
+            y[t] += query * row
+    return x + y * (F32(1) / np.sqrt(F32(q.shape[1]))), m
 
 
 # ---- vectors ----

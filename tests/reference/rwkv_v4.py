@@ -1,4 +1,4 @@
-"""RWKV-4 in float64: the model as its paper has it, and the place to start reading.
+"""RWKV-4 and 4a in float64: the model as its paper has it, and the place to start reading.
 
 RWKV is a recurrent network. A token changes a small state and yields one number per word of the
 vocabulary, its logit; nothing else is remembered. A model is a chain of layers, each of two parts
@@ -14,6 +14,11 @@ The state of a layer is five vectors of n_embed numbers, one row each:
     2  aa       the sum of all values so far, weighted
     3  bb       the sum of their weights
     4  pp       the exponent that aa and bb are scaled by: the true sums are aa * exp(pp), ...
+
+RWKV-4a adds one tiny attention, after one of the layers: a token meets every token up to itself, by
+a product of its query with that one's key, and takes as much of its embedding (times a matrix).
+There is no softmax, so the sum over all tokens can be had from one matrix M, the sum of the outer
+products of keys and values, which whoever reads on starts from.
 
 `weights` holds the tensors under the names of the released checkpoints, matrices as (rows, cols) =
 (out, in), and time_decay as model files store it: negative, the exponent lost per token.
@@ -43,13 +48,16 @@ def forward(
     """The logits (tokens, n_vocab) after every token, and the state after the last.
 
     `state`, (n_layer, 5, n_embed) or flat, is where to go on from; None is the beginning of a text.
-    It is not changed.
+    It is not changed. That of RWKV-4a is flat, and M, (n_tiny, n_embed), follows the layers.
     """
     n_layer = sum(key.endswith(".ln1.weight") for key in weights)
     n_vocab, n_embed = weights["emb.weight"].shape
+    tiny = TinyAttention(weights)
     if state is None:
         state = initial_state(n_layer, n_embed)
-    state = np.array(state, np.float64).reshape(n_layer, 5, n_embed)
+    else:
+        state, tiny.before = np.split(np.array(state, np.float64).ravel(), [n_layer * 5 * n_embed])
+    state = state.reshape(n_layer, 5, n_embed)
 
     logits = np.empty((len(tokens), n_vocab))
     for t, token in enumerate(tokens):
@@ -58,7 +66,11 @@ def forward(
         for i in range(n_layer):
             x = x + time_mixing(layer_norm(x, weights, f"blocks.{i}.ln1"), weights, i, state[i])
             x = x + channel_mixing(layer_norm(x, weights, f"blocks.{i}.ln2"), weights, i, state[i])
+            if i == tiny.layer:
+                x = x + tiny(x, weights["emb.weight"][token])
         logits[t] = weights["head.weight"] @ layer_norm(x, weights, "ln_out")
+    if tiny.layer is not None:
+        return logits, np.concatenate([state.ravel(), tiny.after().ravel()])
     return logits, state
 
 
@@ -103,6 +115,35 @@ def channel_mixing(x: np.ndarray, weights: Weights, i: int, state: np.ndarray) -
     k = np.maximum(weights[f"{ffn}.key.weight"] @ xk, 0) ** 2
     gate = sigmoid(weights[f"{ffn}.receptance.weight"] @ xr)
     return gate * (weights[f"{ffn}.value.weight"] @ k)
+
+
+class TinyAttention:
+    """RWKV-4a's attention as it is trained: each token meets each one before it. `layer` is the one
+    that has it, None in RWKV-4. `before` is M of the tokens that were read before these."""
+
+    def __init__(self, weights: Weights) -> None:
+        names = [key.removesuffix(".tiny_q.weight") for key in weights if ".tiny_q." in key]
+        self.weights, self.block = weights, names[0] if names else ""
+        self.layer = int(self.block.split(".")[1]) if names else None
+        self.before = np.zeros(0)
+        self.keys: list[np.ndarray] = []
+        self.values: list[np.ndarray] = []
+
+    def __call__(self, x: np.ndarray, embedding: np.ndarray) -> np.ndarray:
+        z = layer_norm(x, self.weights, f"{self.block}.tiny_ln")
+        query = self.weights[f"{self.block}.tiny_q.weight"] @ z
+        self.keys.append(self.weights[f"{self.block}.tiny_k.weight"] @ z)
+        self.values.append(self.weights[f"{self.block}.tiny_v.weight"] @ embedding)
+        products = np.array([query @ key for key in self.keys])
+        return (products @ np.array(self.values) + query @ self._before()) / np.sqrt(len(query))
+
+    def after(self) -> np.ndarray:
+        """M, (n_tiny, n_embed): the sum of the outer products of all keys and values."""
+        return self._before() + np.array(self.keys).T @ np.array(self.values)
+
+    def _before(self) -> np.ndarray:
+        shape = self.weights[f"{self.block}.tiny_q.weight"].shape
+        return self.before.reshape(shape) if self.before.size else np.zeros(shape)
 
 
 def layer_norm(x: np.ndarray, weights: Weights, name: str) -> np.ndarray:
