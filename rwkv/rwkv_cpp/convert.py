@@ -183,8 +183,8 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]
     decay = shapes["blocks.0.att.time_decay"]
     if len(decay) == 2 and decay[0] > 1 == decay[1]:
         raise ValueError(
-            f"'blocks.0.att.time_decay' is {decay[0]} x 1, expected {decay[0]}: this is RWKV-3, only "
-            "RWKV-4 and 4a can be converted"
+            f"'blocks.0.att.time_decay' is {decay[0]} x 1, expected {decay[0]}: this is RWKV-3, "
+            "only RWKV-4 and 4a can be converted"
         )
 
     sizes: dict[str, int] = {}
