@@ -12,7 +12,8 @@ from rwkv_cpp import RWKVModel  # noqa: E402
 from rwkv_cpp.convert import convert  # noqa: E402
 from rwkv_cpp.merge_lora import merge_lora  # noqa: E402
 from rwkv_cpp.scoring import score  # noqa: E402
-from rwkv_cpp.train.lora import add_lora  # noqa: E402
+from rwkv_cpp.train.learner import Learner  # noqa: E402
+from rwkv_cpp.train.lora import LoRA  # noqa: E402
 from rwkv_cpp.train.network import Network  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
@@ -38,13 +39,9 @@ def network(seed: int) -> Network:
     return result
 
 
-def loss_of(model: Network, tokens: torch.Tensor) -> torch.Tensor:
-    logits, _ = model(tokens[:, :-1], model.empty_past(len(tokens)))
+def loss_of(model: Learner, tokens: torch.Tensor) -> torch.Tensor:
+    logits, _ = model(tokens[:, :-1], model.past(len(tokens)))
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def learned(model: Network) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize(
@@ -58,18 +55,15 @@ def learned(model: Network) -> dict[str, torch.Tensor]:
     ],
 )
 def test_only_the_chosen_parts_learn(parts: list[str], pattern: str) -> None:
-    model = network(1)
-    names = list(model.state_dict())
+    names = list(network(1).state_dict())
     names += [f"blocks.{i}.{name}.lora_{x}" for i in range(LAYERS) for name in SIDES for x in "AB"]
-    add_lora(model, RANK, ALPHA, parts)
     expected = {name for name in names if re.fullmatch(rf"blocks\.\d\.({pattern})", name)}
-    assert set(learned(model)) == expected
+    assert set(LoRA(network(1), RANK, ALPHA, parts).tensors()) == expected
 
 
 def test_shapes_and_beginning() -> None:
-    model, plain = network(1), network(1)
-    add_lora(model, RANK, ALPHA)
-    pairs = {name: p for name, p in learned(model).items() if "lora" in name}
+    model, plain = LoRA(network(1), RANK, ALPHA), Learner(network(1))
+    pairs = {name: p for name, p in model.tensors().items() if "lora" in name}
     assert len(pairs) == LAYERS * len(SIDES) * 2
     for name, pair in pairs.items():
         columns, rows = SIDES[re.match(r"blocks\.\d\.(.*)\.lora", name)[1]]
@@ -85,10 +79,9 @@ def few_tokens(length: int) -> torch.Tensor:
     return torch.randint(100, 104, (4, length))
 
 
-def trained(seed: int) -> Network:
-    model = network(seed)
-    add_lora(model, RANK, ALPHA)
-    optimizer = torch.optim.AdamW(learned(model).values(), lr=0.01)
+def trained(seed: int) -> LoRA:
+    model = LoRA(network(seed), RANK, ALPHA)
+    optimizer = torch.optim.AdamW(model.learning().values(), lr=0.01)
     for _ in range(8):
         loss_of(model, few_tokens(20)).backward()
         optimizer.step()
@@ -100,14 +93,14 @@ def test_merged_model_has_the_loss_of_the_trained_one(tmp_path: Path) -> None:
     model = trained(2)
     before = network(2).state_dict()
     torch.save(before, tmp_path / "base.pth")
-    torch.save({name: p.detach() for name, p in learned(model).items()}, tmp_path / "lora.pth")
+    model.save(tmp_path / "lora.pth")
     for name, tensor in before.items():  # nothing else has changed
-        if name not in learned(model):
-            assert torch.equal(tensor, model.state_dict()[name]), name
+        if name not in model.tensors():
+            assert torch.equal(tensor, model.network.state_dict()[name]), name
     convert(tmp_path / "base.pth", tmp_path / "base.bin", "FP32")
     merge_lora(tmp_path / "base.bin", [(tmp_path / "lora.pth", ALPHA)], tmp_path / "merged.bin")
     tokens = few_tokens(200)
-    models = {"base": network(2), "merged": model}
+    models = {"base": Learner(network(2)), "merged": model}
     expected = {path: loss_of(model, tokens).item() for path, model in models.items()}
     assert expected["merged"] < expected["base"] - 1
     for path, loss in expected.items():
@@ -121,7 +114,7 @@ def test_the_other_merger_reads_the_file() -> None:
     """What Blealtan's merge_lora.py does with it, in the base's bfloat16."""
     model = trained(3)
     weights = {name: w.bfloat16() for name, w in network(3).state_dict().items()}
-    lora = {name: p.detach() for name, p in learned(model).items()}
+    lora = model.tensors()
     assert {p.dtype for p in lora.values()} == {torch.float32}
     for name in lora.keys() & weights.keys():
         weights[name] = lora[name]
@@ -130,9 +123,9 @@ def test_the_other_merger_reads_the_file() -> None:
         if name.endswith(".weight") and pair[1] in lora:
             b, a = (lora[key] for key in pair)
             weights[name] += b @ a * (ALPHA / b.shape[1])
-    merged = network(3)
-    merged.load_state_dict(weights)
+    merged = Learner(network(3))
+    merged.network.load_state_dict(weights)
     tokens = few_tokens(50)
-    losses = [loss_of(each, tokens).item() for each in (network(3), merged, model)]
+    losses = [loss_of(each, tokens).item() for each in (Learner(network(3)), merged, model)]
     assert losses[1] == pytest.approx(losses[2], rel=0.01)
     assert losses[1] < losses[0] - 1

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch", reason="training needs torch")
 
 from rwkv_cpp import RWKV, State  # noqa: E402
 from rwkv_cpp.convert import convert  # noqa: E402
+from rwkv_cpp.train.learner import Learner  # noqa: E402
 from rwkv_cpp.train.network import Network  # noqa: E402
 from rwkv_cpp.train.state import InitialState  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
@@ -27,8 +28,8 @@ def network() -> Network:
     return result.requires_grad_(False)
 
 
-def loss_of(network: Network, past: list, tokens: torch.Tensor) -> torch.Tensor:
-    logits, _ = network(tokens[:, :-1], past)
+def loss_of(learner: Learner, tokens: torch.Tensor) -> torch.Tensor:
+    logits, _ = learner(tokens[:, :-1], learner.past(len(tokens)))
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
@@ -38,12 +39,10 @@ def few_tokens(length: int) -> torch.Tensor:
 
 
 def tuned(network: Network) -> InitialState:
-    with torch.no_grad():
-        _, past = network(few_tokens(20), network.empty_past(4))
-    state = InitialState(past)
-    optimizer = torch.optim.AdamW(state.parameters(), lr=0.1, weight_decay=0)
+    state = InitialState(network, few_tokens(20))
+    optimizer = torch.optim.AdamW(state.learning().values(), lr=0.1, weight_decay=0)
     for _ in range(20):
-        loss_of(network, state.past(4), few_tokens(20)).backward()
+        loss_of(state, few_tokens(20)).backward()
         optimizer.step()
         optimizer.zero_grad()
     return state
@@ -52,29 +51,30 @@ def tuned(network: Network) -> InitialState:
 def test_core_goes_on_from_a_tuned_state_with_the_loss_of_torch(
     network: Network, tmp_path: Path
 ) -> None:
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     state, tokens = tuned(network), few_tokens(40)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
     torch.save(network.state_dict(), tmp_path / "base.pth")
-    torch.save(state.tensors(), tmp_path / "tuned.pth")
+    state.save(tmp_path / "tuned.pth")
     convert(tmp_path / "base.pth", tmp_path / "base.bin", "FP32")
+    starts = {
+        "empty": (Learner(network), None),
+        "tuned": (state, State.load(tmp_path / "tuned.pth")),
+    }
+    losses = {}
     with RWKV(tmp_path / "base.bin", n_threads=1) as model:
-        start = State.from_layout("state-tuned", tmp_path / "tuned.pth")
-        losses = {}
-        for name, past, begin in (
-            ("empty", network.empty_past(4), None),
-            ("tuned", state.past(4), start),
-        ):
+        for name, (learner, start) in starts.items():
             # The first token of a text is only read, as in loss_of.
-            scores = [model.score(row[1:], row[:1], begin) for row in tokens.tolist()]
+            scores = [model.score(row[1:], row[:1], start) for row in tokens.tolist()]
             losses[name] = -np.mean([score.logprobs for score in scores])
-            with torch.no_grad():
-                expected = loss_of(network, past, tokens).item()
+            expected = loss_of(learner, tokens).item()
             assert losses[name] == pytest.approx(expected, abs=2e-5), name
     assert losses["tuned"] < losses["empty"] - 0.1
 
 
 def test_every_number_of_a_state_has_a_gradient(network: Network) -> None:
-    with torch.no_grad():
-        _, past = network(few_tokens(20), network.empty_past(4))
-    state = InitialState(past)
-    loss_of(network, state.past(2), torch.randint(256, (2, 20))).backward()
+    state = InitialState(network, few_tokens(20))
+    loss_of(state, torch.randint(256, (2, 20))).backward()
+    assert list(state.learning()) == ["rows"]
     assert (state.rows.grad != 0).all()

@@ -1,4 +1,4 @@
-"""LoRA: a network that learns by thin matrices beside its own, which stay as they are.
+"""LoRA: thin matrices learn beside those of a network, which stay as they are.
 
 For a matrix W the tuned one is W + alpha / rank · B A, where A is (rank, columns) and B
 (rows, rank). Which tensors learn, what they are called and how they begin is as in Blealtan's
@@ -6,11 +6,14 @@ RWKV-LM-LoRA, so that a file of the learned ones is one that its tools and `rwkv
 """
 
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..atomic import replacing
+from .learner import Learner
 from .network import Network
 
 # att and ffn: matrices that get a pair A, B (not att.output). time and ln: a part of the names of
@@ -32,25 +35,43 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """In the precision of x, as a Matrix."""
         rows = x.flatten(0, -2)
-        wide, narrow = (
-            F.linear(rows, self.weight.to(x.dtype)),
-            F.linear(rows, self.lora_A.to(x.dtype)),
-        )
-        result = torch.addmm(wide, narrow, self.lora_B.t().to(x.dtype), alpha=self.scale)
+        wide = F.linear(rows, self.weight.to(x.dtype))
+        narrow = F.linear(rows, self.lora_A.to(x.dtype))
+        result = torch.addmm(wide, narrow, self.lora_B.to(x.dtype).t(), alpha=self.scale)
         return result.view(*x.shape[:-1], -1)
 
 
-def add_lora(network: Network, rank: int, alpha: float, parts: Collection[str] = PARTS) -> None:
-    """Let nothing of `network` learn but new pairs of `rank` and the whole tensors in `parts`."""
-    network.requires_grad_(False)
-    for block in network.blocks:
-        for part, names in MATRICES.items():
-            if part in parts:
-                module = getattr(block, part)
-                for name in names:
-                    setattr(module, name, LowRank(getattr(module, name), rank, alpha))
-    marks = [mark for part, mark in WHOLE.items() if part in parts]
-    for name, parameter in network.named_parameters():
-        if any(mark in name for mark in marks):
-            parameter.requires_grad_(True)
+class LoRA(Learner):
+    """A network of which nothing learns but pairs beside its matrices, and tensors as a whole.
+
+    parts: some of PARTS.
+    """
+
+    def __init__(
+        self, network: Network, rank: int, alpha: float, parts: Collection[str] = PARTS
+    ) -> None:
+        super().__init__(network.requires_grad_(False))
+        for block in network.blocks:
+            for part, names in MATRICES.items():
+                if part in parts:
+                    module = getattr(block, part)
+                    for name in names:
+                        setattr(module, name, LowRank(getattr(module, name), rank, alpha))
+        marks = [mark for part, mark in WHOLE.items() if part in parts]
+        for name, parameter in network.named_parameters():
+            if any(mark in name for mark in marks):
+                parameter.requires_grad_(True)
+
+    def rotated(self) -> set[str]:
+        return set()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was learned, under the names of Blealtan's format."""
+        prefix = "network."
+        return {name.removeprefix(prefix): p.detach() for name, p in self.learning().items()}
+
+    def save(self, path: Path) -> None:
+        with replacing(path) as file:
+            torch.save(self.tensors(), file)

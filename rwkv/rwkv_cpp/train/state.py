@@ -1,31 +1,39 @@
 """State tuning: only the state before the first token learns, the network stays as it is."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
-from .network import Past
+from ..atomic import replacing
+from .learner import Learner
+from .network import Network, Past
 
 
-class InitialState(nn.Module):
-    """What a network remembers before it has read anything, as one parameter.
+class InitialState(Learner):
+    """A network of which nothing learns but what it remembers before it has read anything.
 
     An empty past cannot learn: it weighs nothing, and its gradient is nothing. So learning begins
-    at `past`, what some sequences (batch, …) have left in each layer, or the mean of it.
+    at the mean of what the sequences `tokens`, (batch, length), leave in each layer.
     """
 
-    def __init__(self, past: list[Past]) -> None:
-        super().__init__()
+    def __init__(self, network: Network, tokens: Tensor) -> None:
+        super().__init__(network.requires_grad_(False))
+        with torch.no_grad():
+            _, past = network(tokens, network.empty_past(len(tokens)))
         means = [torch.stack([part.mean(0) for part in layer]) for layer in past]
-        self.rows = nn.Parameter(torch.stack(means).detach())  # (n_layer, as of a Past, n_embed)
+        self.rows = nn.Parameter(torch.stack(means))  # (n_layer, those of a Past, n_embed)
 
     def past(self, batch: int) -> list[Past]:
-        """The same start for each of `batch` sequences."""
         return [Past(*(row.expand(batch, -1) for row in layer)) for layer in self.rows]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """As in a file of layout "state-tuned", see docs/states.md.
+    def rotated(self) -> set[str]:
+        return set()
 
-        One token of key k and value v is aa = v, bb = 1, pp = k.
+    def tensors(self) -> dict[str, Tensor]:
+        """As in a file of the layout "state-tuned", see docs/states.md.
+
+        A past that weighs like one token of key k and value v is aa = v, bb = 1, pp = k.
         """
         result = {}
         for i, layer in enumerate(self.rows.detach()):
@@ -34,3 +42,7 @@ class InitialState(nn.Module):
             result[f"blocks.{i}.att.time_state"] = torch.stack(state)
             result[f"blocks.{i}.ffn.time_state"] = past.ffn_input.clone()
         return result
+
+    def save(self, path: Path) -> None:
+        with replacing(path) as file:
+            torch.save(self.tensors(), file)
