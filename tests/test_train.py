@@ -25,12 +25,7 @@ from rwkv_cpp.train.recurrence import CHUNK, wkv  # noqa: E402
 TINY = Settings(n_layer=2, n_embed=16, sequence=24, batch=4, steps=8, warmup=2, precision="float32")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
 
 
 @pytest.fixture
@@ -38,6 +33,14 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_bytes(b"the quick brown fox jumps over the lazy dog\n" * 40)
     return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    torch.manual_seed(5)
+    network = Network(256, TINY.n_layer, TINY.n_embed)
+    torch.save(network.state_dict(), tmp_path / "base.pth")
+    return tmp_path / "base.pth"
 
 
 def wkv_loop(decay, first, k, v, key, value):
@@ -126,8 +129,8 @@ def test_network_is_rwkv_4_and_carries_its_past_over_any_cut() -> None:
         np.testing.assert_allclose(logits.numpy(), expected, rtol=0, atol=1e-10)
 
 
-def trainer(text: Path, settings: Settings) -> Trainer:
-    return Trainer(make_learner(settings, None), text, settings)
+def trainer(text: Path, settings: Settings, base: Path | None = None) -> Trainer:
+    return Trainer(make_learner(settings, base, text), text, settings)
 
 
 def run(text: Path, target: Path, settings: Settings, stop_at: int = -1, **options) -> Progress:
@@ -150,22 +153,78 @@ def test_tiny_run_lowers_the_loss(text: Path, tmp_path: Path) -> None:
     assert progress.held_out[40] < 0.8 * progress.held_out[2]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "float32"},
+        {"precision": "bfloat16"},
+        {"lora_rank": 2, "precision": "bfloat16"},
+        {"tune_state": True, "learning_rate": 0.1},
+    ],
+)
 def test_resumed_run_repeats_an_uninterrupted_one(
-    text: Path, tmp_path: Path, precision: str
+    text: Path, tmp_path: Path, base: Path, changes: dict
 ) -> None:
-    settings = replace(TINY, precision=precision)
-    whole = run(text, tmp_path / "whole.pth", settings)
-    stopped = run(text, tmp_path / "pieces.pth", settings, stop_at=2)
+    settings = replace(TINY, **changes)
+    options = {"base": base if settings.lora_rank or settings.tune_state else None}
+    whole = run(text, tmp_path / "whole.pth", settings, **options)
+    stopped = run(text, tmp_path / "pieces.pth", settings, stop_at=2, **options)
     assert (stopped.step, stopped.finished) == (3, False)
     assert not (tmp_path / "pieces.pth").exists()
-    resumed = run(text, tmp_path / "pieces.pth", settings, resume=True)
+    resumed = run(text, tmp_path / "pieces.pth", settings, resume=True, **options)
     assert resumed.train == whole.train
     assert resumed.held_out == whole.held_out
     expected = torch.load(tmp_path / "whole.pth")
     for name, tensor in torch.load(tmp_path / "pieces.pth").items():
         assert torch.equal(tensor, expected[name]), name
     assert not (tmp_path / "pieces.checkpoint").exists()
+
+
+def names_in(saved: object) -> set[str]:
+    """The names of all tensors in a checkpoint of a run."""
+    if not isinstance(saved, dict):
+        return set()
+    own = {key for key, value in saved.items() if isinstance(value, torch.Tensor)}
+    return own.union(*map(names_in, saved.values()))
+
+
+def test_checkpoint_of_a_lora_has_no_weights_of_the_base(
+    text: Path, tmp_path: Path, base: Path
+) -> None:
+    settings = replace(TINY, lora_rank=2, lora_parts="att,ln")
+    run(text, tmp_path / "out.pth", settings, stop_at=0, base=base)
+    names = names_in(torch.load(tmp_path / "out.checkpoint", weights_only=True))
+    assert len([name for name in names if ".lora_" in name]) == 2 * 2 * 3
+    assert {name for name in names if name.endswith(".weight")} == {
+        f"network.blocks.{name}.weight" for name in ("0.ln0", "0.ln1", "0.ln2", "1.ln1", "1.ln2")
+    }
+    with pytest.raises(RWKVFileError, match="trained with --lora-rank 2, asked for is 3"):
+        run(text, tmp_path / "out.pth", replace(settings, lora_rank=3), resume=True, base=base)
+    weights = torch.load(base)
+    weights["head.weight"][3, 3] += 1
+    torch.save(weights, base)
+    with pytest.raises(RWKVFileError, match=r"trained from another base .*--from"):
+        run(text, tmp_path / "out.pth", settings, resume=True, base=base)
+
+
+def test_held_out_loss_of_a_state_is_that_of_windows_that_begin_with_it(
+    text: Path, base: Path
+) -> None:
+    one = trainer(text, replace(TINY, tune_state=True), base)
+    n = (len(one.held_out_data) - 1) // TINY.sequence
+    windows = one.held_out_data[: n * TINY.sequence].view(n, -1).long()
+    targets = one.held_out_data[1 : n * TINY.sequence + 1].view(n, -1).long()
+    with torch.no_grad():
+        logits, _ = one.averaged(windows, one.averaged.past(n))
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    length = (len(one.held_out_data) - 1) % TINY.sequence  # a shorter window at the end
+    assert length
+    total = one.evaluate(streams=1) * (losses.numel() + length)
+    rest = one.held_out_data[-length - 1 :].long()
+    with torch.no_grad():
+        logits, _ = one.averaged(rest[None, :-1], one.averaged.past(1))
+    total -= torch.nn.functional.cross_entropy(logits[0], rest[1:], reduction="sum").item()
+    assert total / losses.numel() == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
 def test_seeds_differ(text: Path) -> None:
@@ -297,6 +356,33 @@ def test_command_errors(
     assert error.lower().startswith("error: ")
     assert message in error
     assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lora-rank", "4"], "--lora-rank needs --from"),
+        (["--tune-state"], "--tune-state needs --from"),
+        (["--from", "base.pth", "--lora-alpha", "8"], "--lora-alpha needs --lora-rank"),
+        (["--from", "base.pth", "--lora-parts", "att"], "--lora-parts needs --lora-rank"),
+        (["--from", "base.pth", "--lora-rank", "4", "--tune-state"], "--lora-rank and --tune-st"),
+        (["--from", "base.pth", "--n-layer", "4"], "--from and --n-layer cannot be used together"),
+        (["--from", "base.pth", "--tune-state", "--optimizer", "adamw"], "--optimizer and --tune"),
+        (["--from", "base.pth", "--lora-rank", "0"], "--lora-rank"),
+    ],
+)
+def test_command_refuses_contradictions(text: Path, rwkv_train, options, message) -> None:
+    code, output = rwkv_train(text, "out.pth", *options)
+    assert code == 2
+    assert message in output.splitlines()[-1]
+
+
+def test_command_refuses_unknown_parts(text: Path, base: Path, rwkv_train) -> None:
+    for parts, shown in (("att,head", "'head'"), ("", "''")):
+        arguments = ("--from", base, "--lora-rank", 2, "--lora-parts", parts, "--sequence", 16)
+        code, output = rwkv_train(text, base.with_name("out.pth"), *arguments)
+        assert (code, output.count("\n")) == (1, 1)
+        assert f"{shown}, expected some of att, ffn, time, ln" in output
 
 
 def test_command_refuses_to_overwrite_its_text(text: Path, rwkv_train) -> None:

@@ -17,6 +17,8 @@ from rwkv_cpp.train.lora import LoRA  # noqa: E402
 from rwkv_cpp.train.network import Network  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
+
 RANK, ALPHA = 3, 12.0
 LAYERS, CHANNELS = 2, 16
 SIDES = {  # (columns, rows) of the matrices that Blealtan's trainer gives a pair

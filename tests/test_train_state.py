@@ -14,6 +14,8 @@ from rwkv_cpp.train.network import Network  # noqa: E402
 from rwkv_cpp.train.state import InitialState  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
+
 LAYERS, CHANNELS = 2, 16
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from tqdm import tqdm
 
 from ..errors import RWKVError
@@ -15,10 +16,44 @@ COUNT = click.IntRange(min=1)
 FRACTION = click.FloatRange(0, 1, max_open=True)
 
 
+# Options that say nothing without another one, and pairs of which only one can be meant.
+NEEDS = {"--lora-rank": "--from", "--tune-state": "--from"}
+NEEDS |= {"--lora-alpha": "--lora-rank", "--lora-parts": "--lora-rank"}
+CONTRADICTIONS = [
+    ("--lora-rank", "--tune-state"),
+    ("--from", "--n-layer"),
+    ("--from", "--n-embed"),
+    ("--optimizer", "--lora-rank"),
+    ("--optimizer", "--tune-state"),
+]
+
+
 @click.command(context_settings={"show_default": True})
 @click.argument("text", type=FILE)
 @click.argument("target", metavar="OUT.pth", type=FILE)
 @click.option("--from", "base", type=FILE, metavar="BASE.pth", help="Checkpoint to begin from.")
+@click.option(
+    "--lora-rank",
+    type=COUNT,
+    metavar="R",
+    help="Learn only a LoRA for BASE: pairs of matrices of this rank.",
+)
+@click.option(
+    "--lora-alpha",
+    type=click.FloatRange(min=0, min_open=True),
+    default=32.0,
+    metavar="A",
+    help="The pairs weigh A / R. merge-lora needs the same A: no file holds it.",
+)
+@click.option(
+    "--lora-parts",
+    default="att,ffn,time,ln",
+    metavar="PARTS",
+    help="What learns: pairs in att and ffn, the vectors of time and ln as a whole.",
+)
+@click.option(
+    "--tune-state", is_flag=True, help="Learn only the state that sequences of BASE begin with."
+)
 @click.option("--n-layer", type=COUNT, default=5, help="Layers of the model.")
 @click.option("--n-embed", type=COUNT, default=256, help="Channels of a layer.")
 @click.option("--sequence", type=COUNT, default=256, help="Bytes of a training sequence.")
@@ -27,8 +62,8 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.option(
     "--learning-rate",
     type=click.FloatRange(min=0, min_open=True),
-    default=1.5e-3,
-    help="Rate after the warm-up; falls to zero along a cosine.",
+    help="Rate after the warm-up; falls to zero along a cosine.  "
+    "[default: 0.0015, with --tune-state 0.1]",
 )
 @click.option(
     "--accumulate",
@@ -65,7 +100,7 @@ def command(
     resume: bool,
     **options: Any,
 ) -> None:
-    """Train a small RWKV-4 on a text file, from scratch.
+    """Train an RWKV-4 on a text file: a new one, BASE further, a LoRA or a state for BASE.
 
     The tokens are bytes. The last tenth of TEXT is held out and measures the model. OUT.pth has
     the tensor names of the released checkpoints; the losses are drawn in OUT.png beside it.
@@ -74,7 +109,12 @@ def command(
     \b
     rwkv train shakespeare.txt shakespeare.pth
     rwkv convert shakespeare.pth shakespeare.bin float16
+    rwkv train code.txt lora.pth --from shakespeare.pth --lora-rank 16
+    rwkv merge-lora shakespeare.bin lora.pth 32 code.bin
+    rwkv train shouts.txt shouting.pth --from shakespeare.pth --tune-state
+    rwkv generate "ROMEO:" -m shakespeare.bin --load-state shouting.pth
     """
+    _refuse_contradictions(context)
     for package in ("torch", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise RWKVError(
@@ -87,6 +127,8 @@ def command(
 
     if threads:
         torch.set_num_threads(threads)
+    if options["learning_rate"] is None:
+        options["learning_rate"] = 0.1 if options["tune_state"] else Settings.learning_rate
     settings = Settings(**options)
     stopped_by: list[int] = []
 
@@ -118,3 +160,17 @@ def command(
         bar.close()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _refuse_contradictions(context: click.Context) -> None:
+    given = {
+        option.opts[0]
+        for option in context.command.params
+        if context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+    }
+    for option, needed in NEEDS.items():
+        if option in given and needed not in given:
+            raise click.UsageError(f"{option} needs {needed}")
+    for one, other in CONTRADICTIONS:
+        if one in given and other in given:
+            raise click.UsageError(f"{one} and {other} cannot be used together")

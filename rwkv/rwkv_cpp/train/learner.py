@@ -22,6 +22,8 @@ class Learner(nn.Module):
     the run.
     """
 
+    carries_past = True  # over the windows of the held-out text, or does each begin anew?
+
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
@@ -43,10 +45,13 @@ class Learner(nn.Module):
         """The names of the matrices that Muon may train: they map activations to activations."""
         return {name for name, p in self.learning().items() if ".blocks." in name and p.dim() == 2}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What was learned, here the whole network as released checkpoints hold one."""
+        return self.network.state_dict()
+
     def save(self, path: Path) -> None:
-        """Write what was learned, here the whole network as released checkpoints hold one."""
         with replacing(path) as file:
-            torch.save(self.network.state_dict(), file)
+            torch.save(self.tensors(), file)
 
 
 def read_network(path: Path, dropout: float) -> Network:

@@ -21,7 +21,9 @@ from torch.nn import functional as F
 from ..atomic import refuse_same_file, replacing
 from ..errors import RWKVError, RWKVFileError
 from .learner import Learner, read_network
+from .lora import PARTS, LoRA
 from .network import Network
+from .state import InitialState
 
 N_VOCAB = 256  # tokens are bytes
 HELD_OUT = 0.1  # the last part of the text, never trained on
@@ -48,6 +50,10 @@ class Settings:
     average: float = 0.99
     seed: int = 0
     precision: str = "auto"
+    lora_rank: int | None = None  # learn a LoRA of this rank …
+    lora_alpha: float = 32.0
+    lora_parts: str = ",".join(PARTS)
+    tune_state: bool = False  # … or the state before the first token
 
 
 @dataclass
@@ -124,7 +130,10 @@ def make_optimizers(learner: Learner, kind: str) -> list[torch.optim.Optimizer]:
 
 @torch.no_grad()
 def held_out_loss(learner: Learner, data: Tensor, streams: int, sequence: int) -> float:
-    """Mean loss in nats per byte over `data`, read as `streams` texts with the state carried."""
+    """Mean loss in nats per byte over `data`, read as `streams` texts in windows of `sequence`.
+
+    The state is carried from one window to the next, except where that is not what is learned.
+    """
     length = (len(data) - 1) // streams
     inputs = data[: streams * length].view(streams, length).long()
     targets = data[1 : streams * length + 1].view(streams, length).long()
@@ -132,18 +141,38 @@ def held_out_loss(learner: Learner, data: Tensor, streams: int, sequence: int) -
     past = learner.past(streams)
     total = 0.0
     for x, y in zip(inputs.split(sequence, 1), targets.split(sequence, 1), strict=True):
-        logits, past = learner(x, past)
+        logits, past = learner(x, past if learner.carries_past else learner.past(streams))
         total += F.cross_entropy(logits.float().transpose(1, 2), y, reduction="sum").item()
     learner.train()
     return total / inputs.numel()
 
 
-def make_learner(settings: Settings, base: Path | None) -> Learner:
+def make_learner(settings: Settings, base: Path | None, text: Path) -> Learner:
     """What the run trains, as it is before the first step."""
     torch.manual_seed(settings.seed)
-    if base:
-        return Learner(read_network(base, settings.dropout))
-    return Learner(Network(N_VOCAB, settings.n_layer, settings.n_embed, settings.dropout))
+    if base is None:
+        return Learner(Network(N_VOCAB, settings.n_layer, settings.n_embed, settings.dropout))
+    network = read_network(base, settings.dropout)
+    if settings.lora_rank:
+        parts = settings.lora_parts.split(",")
+        return LoRA(network, settings.lora_rank, settings.lora_alpha, parts)
+    if settings.tune_state:
+        data, _ = read_text(text, settings.sequence)
+        return InitialState(network, draw_windows(data, settings)[:, :-1])
+    return Learner(network)
+
+
+def draw_windows(data: Tensor, settings: Settings) -> Tensor:
+    """(batch, sequence + 1) tokens from anywhere in `data`."""
+    starts = torch.randint(len(data) - settings.sequence, (settings.batch, 1))
+    return data[starts + torch.arange(settings.sequence + 1)].long()
+
+
+def hash_of(*tensors: Tensor) -> str:
+    result = hashlib.sha256()
+    for tensor in tensors:
+        result.update(tensor.detach().numpy())
+    return result.hexdigest()
 
 
 class Trainer:
@@ -152,11 +181,10 @@ class Trainer:
     def __init__(self, learner: Learner, text: Path, settings: Settings) -> None:
         self.settings = settings
         self.train_data, self.held_out_data = read_text(text, settings.sequence)
-        text_hash = hashlib.sha256(self.train_data.numpy())
-        text_hash.update(self.held_out_data.numpy())
-        self.text_hash = text_hash.hexdigest()
+        self.text_hash = hash_of(self.train_data, self.held_out_data)
         self.learner = learner
         frozen = {id(p): p for p in learner.parameters() if not p.requires_grad}
+        self.frozen_hash = hash_of(*frozen.values())
         self.averaged = copy.deepcopy(learner, frozen)  # they share what does not learn
         self.learning, self.averages = learner.learning(), self.averaged.learning()
         self.optimizers = make_optimizers(learner, settings.optimizer)
@@ -169,8 +197,7 @@ class Trainer:
         """One step of the optimizer; the batch's loss before it, in nats per byte."""
         settings, number = self.settings, self.progress.step
         torch.manual_seed(settings.seed * 1_000_003 + number + 1)
-        starts = torch.randint(len(self.train_data) - settings.sequence, (settings.batch, 1))
-        window = self.train_data[starts + torch.arange(settings.sequence + 1)].long()
+        window = draw_windows(self.train_data, settings)
         rate = learning_rate(settings, number)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -218,6 +245,7 @@ class Trainer:
                     "settings": asdict(self.settings),
                     "precision": self.precision,
                     "text": self.text_hash,
+                    "frozen": self.frozen_hash,
                     "progress": asdict(self.progress),
                     "learning": self.learning,
                     "averages": self.averages,
@@ -229,7 +257,7 @@ class Trainer:
     def load_checkpoint(self, path: Path) -> None:
         try:
             saved = torch.load(path, weights_only=True)
-            settings, text = saved["settings"], saved["text"]
+            settings, text, frozen = saved["settings"], saved["text"], saved["frozen"]
         except OSError:
             raise
         except Exception as error:  # torch has many for a file that is damaged or of another kind
@@ -242,6 +270,8 @@ class Trainer:
                 )
         if text != self.text_hash:
             raise RWKVFileError(f"{path}: was trained on another text (resume with the same text)")
+        if frozen != self.frozen_hash:
+            raise RWKVFileError(f"{path}: was trained from another base (resume with its --from)")
         self.precision = saved["precision"]
         self.progress = Progress(**saved["progress"])
         with torch.no_grad():
@@ -276,7 +306,7 @@ def train(
         raise ValueError(f"{target}: expected a name that ends in .pth")
     refuse_same_file(text, target)
     checkpoint = target.with_suffix(".checkpoint")
-    trainer = Trainer(make_learner(settings, base), text, settings)
+    trainer = Trainer(make_learner(settings, base, text), text, settings)
     if resume:
         trainer.load_checkpoint(checkpoint)
     elif checkpoint.exists():

@@ -6,13 +6,11 @@ RWKV-LM-LoRA, so that a file of the learned ones is one that its tools and `rwkv
 """
 
 from collections.abc import Collection
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..atomic import replacing
 from .learner import Learner
 from .network import Network
 
@@ -46,12 +44,17 @@ class LowRank(nn.Module):
 class LoRA(Learner):
     """A network of which nothing learns but pairs beside its matrices, and tensors as a whole.
 
-    parts: some of PARTS.
+    parts: some of PARTS; ValueError for others.
     """
 
     def __init__(
         self, network: Network, rank: int, alpha: float, parts: Collection[str] = PARTS
     ) -> None:
+        unknown = [part for part in parts if part not in PARTS]
+        if unknown or not parts:
+            raise ValueError(
+                f"lora_parts: {', '.join(unknown)!r}, expected some of {', '.join(PARTS)}"
+            )
         super().__init__(network.requires_grad_(False))
         for block in network.blocks:
             for part, names in MATRICES.items():
@@ -71,7 +74,3 @@ class LoRA(Learner):
         """What was learned, under the names of Blealtan's format."""
         prefix = "network."
         return {name.removeprefix(prefix): p.detach() for name, p in self.learning().items()}
-
-    def save(self, path: Path) -> None:
-        with replacing(path) as file:
-            torch.save(self.tensors(), file)

@@ -1,11 +1,8 @@
 """State tuning: only the state before the first token learns, the network stays as it is."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from ..atomic import replacing
 from .learner import Learner
 from .network import Network, Past
 
@@ -16,6 +13,8 @@ class InitialState(Learner):
     An empty past cannot learn: it weighs nothing, and its gradient is nothing. So learning begins
     at the mean of what the sequences `tokens`, (batch, length), leave in each layer.
     """
+
+    carries_past = False
 
     def __init__(self, network: Network, tokens: Tensor) -> None:
         super().__init__(network.requires_grad_(False))
@@ -42,7 +41,3 @@ class InitialState(Learner):
             result[f"blocks.{i}.att.time_state"] = torch.stack(state)
             result[f"blocks.{i}.ffn.time_state"] = past.ffn_input.clone()
         return result
-
-    def save(self, path: Path) -> None:
-        with replacing(path) as file:
-            torch.save(self.tensors(), file)
