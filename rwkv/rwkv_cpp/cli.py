@@ -36,7 +36,10 @@ COMMANDS = {
     "bench": (".bench", "Measure how fast a model runs, beside this machine's limits."),
     "info": (".info", "Show what a model file holds, the memory it takes and this library."),
     "prepare-data": (".prepare_data", "Write texts as tokens, for training."),
-    "train": (".train", "Train a small RWKV-4 on a text file, from scratch."),
+    "train": (
+        ".train",
+        "Train an RWKV-4 on texts: a new one, BASE further, a LoRA or a state for BASE.",
+    ),
 }
 _SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 

@@ -100,7 +100,7 @@ def command(
     resume: bool,
     **options: Any,
 ) -> None:
-    """Train an RWKV-4 on a text file: a new one, BASE further, a LoRA or a state for BASE.
+    """Train an RWKV-4 on texts: a new one, BASE further, a LoRA or a state for BASE.
 
     The tokens are bytes. The last tenth of TEXT is held out and measures the model. OUT.pth has
     the tensor names of the released checkpoints; the losses are drawn in OUT.png beside it.
