@@ -12,6 +12,7 @@ from rwkv_cpp import RWKV, State
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = str(Path(rwkv_cpp.__file__).resolve().parents[1])  # where the tested one is
+TEXT = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -80,3 +81,30 @@ def test_thousand_conversations(run, tmp_path):
     assert "120 conversations began" in out
     assert "\n60: 'ROMEO:\\nI am number 60." in out
     assert len(list((tmp_path / "conversations").iterdir())) == 120
+
+
+needs_text = pytest.mark.skipif(not TEXT.is_file(), reason=f"{TEXT} is absent")
+
+
+@needs_text
+def test_questions(run, tmp_path):
+    pytest.importorskip("sklearn")
+    (tmp_path / "text").write_text(TEXT.read_text("utf-8")[-100_000:], "utf-8")
+    lines = run(ROOT / "examples" / "questions.py", "text").splitlines()
+    assert re.fullmatch(r"\d+ sentences to learn from, \d+ to ask about", lines[0])
+    assert [line.count("all: 0.") for line in lines[1:6]] == [1] * 5
+    assert [line.count("layer ") for line in lines[6:]] == [5] * 3
+
+
+@pytest.mark.slow
+@needs_text
+def test_embeddings_beat_counts_of_bytes(run):
+    """The table of docs/embeddings.md."""
+    pytest.importorskip("sklearn")
+    lines = run(ROOT / "examples" / "questions.py", str(TEXT)).splitlines()
+    found = {line[:24].strip(): [*map(float, re.findall(r"0\.\d+", line))] for line in lines[1:6]}
+    assert found.keys() >= {"bytes", "pairs of bytes"}
+    for few in zip(*(found[name] for name in found), strict=True):
+        by_name = dict(zip(found, few, strict=True))
+        counted = max(by_name["bytes"], by_name["pairs of bytes"])
+        assert by_name["aa/bb of all layers"] > counted + 0.03

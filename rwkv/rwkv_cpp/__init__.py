@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversation import Conversation
+    from .embedding import Normalizer
     from .errors import (
         DownloadFailed,
         ForeignState,
@@ -53,6 +54,7 @@ _HOMES = {
     "Importances": "model",
     "ModelNotFound": "errors",
     "NonFiniteLogits": "errors",
+    "Normalizer": "embedding",
     "PrefixCache": "prefix_cache",
     "RWKV": "rwkv",
     "RWKVError": "errors",
@@ -86,6 +88,7 @@ __all__ = [
     "Importances",
     "ModelNotFound",
     "NonFiniteLogits",
+    "Normalizer",
     "PrefixCache",
     "RWKVError",
     "RWKVFileError",

@@ -33,6 +33,7 @@ COMMANDS = {
     "merge-lora": (".merge_lora", "Merge what a LoRA has learned into a model."),
     "perplexity": (".perplexity", "Measure how well a model predicts a text."),
     "compare": (".compare", "Make a table of what a model loses and gains in each format."),
+    "embed": (".embed", "Turn texts into vectors for other tasks: what a model remembers of them."),
     "bench": (".bench", "Measure how fast a model runs, beside this machine's limits."),
     "info": (".info", "Show what a model file holds, the memory it takes and this library."),
     "prepare-data": (".prepare_data", "Write texts as tokens, for training."),

@@ -96,21 +96,23 @@ def read(
     starts: Sequence[State],
     texts: Sequence[Sequence[int]],
     *,
+    chunk: int = CHUNK,
     score: bool = False,
     progress: Progress | None = None,
     check: Callable[[], object] | None = None,
 ) -> list[Reading]:
     """Read each text from its own start, all in one batch.
 
-    score: collect log-probabilities; then every start has logits. progress: called after each
-    chunk. check: called before each; what it raises ends the reading and comes out here.
+    chunk: tokens of one call, of all texts together. score: collect log-probabilities; then every
+    start has logits. progress: called after each chunk. check: called before each; what it raises
+    ends the reading and comes out here.
     """
     readings = [Reading(*pair) for pair in zip(starts, texts, strict=True)]
     total = sum(reading.left for reading in readings)
     while unread := [reading for reading in readings if reading.left]:
         if check is not None:
             check()
-        size = max(CHUNK // len(unread), 1)
+        size = max(chunk // len(unread), 1)
         batch = [reading.next(size, score) for reading in unread]
         for reading, sequence, result in zip(unread, batch, evaluate(batch), strict=True):
             reading.take(sequence, result, score)

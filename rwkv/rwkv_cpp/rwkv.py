@@ -23,7 +23,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import numpy as np
+
 from .beam import BeamSearch
+from .embedding import Normalizer, Selection, fit, read_vectors
 from .fingerprint import Fingerprint
 from .generation import (
     RULES,
@@ -206,6 +209,55 @@ class RWKV:
         tokens = [self._tokens(text, "text") for text in texts]
         start = self.read(context, state)
         return read(self._evaluate, [start] * len(texts), tokens, score=True), tokens
+
+    # ---- Embeddings ------------------------------------------------------------------------------
+
+    def embed(
+        self,
+        texts: str | Sequence[Text],
+        *,
+        layers: Iterable[int] | None = None,
+        parts: Iterable[str] | None = None,
+        normalizer: Normalizer | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """What the model remembers of each text after reading it alone, float32.
+
+        - texts: one, or a list; the list is evaluated in batches, and each text gets the bits that
+          it would get alone. An empty one stands for `first_token`.
+        - layers: 0 to n_layer - 1, or from the end: -1 is the last; None: all.
+        - parts: of `embedding.PARTS`, "att_xx", "ffn_xx" and "aa/bb"; None: all.
+        - normalizer: of this model, in any format; without one the values are as they are.
+        - progress: called as ("embedding", tokens read, in all) after each chunk.
+
+        Returns (n, layers * parts * n_embed), of each layer part after part, in the order in which
+        they were asked for; of a single text one row.
+        Raises ForeignState for a normalizer of another model, ValueError for wrong arguments.
+        """
+        selection = Selection.of(self.n_layer, layers, parts)
+        if normalizer is not None:
+            normalizer.check(self.family)
+        tokens = self._texts([texts] if isinstance(texts, str) else texts)
+        width = len(selection.layers) * len(selection.parts) * self.n_embed
+        rows = np.empty((len(tokens), width), np.float32)
+        for places, vectors in self._vectors(tokens, progress):
+            if normalizer is not None:
+                vectors = (vectors - normalizer.mean) / normalizer.deviation
+            rows[places] = selection.take(vectors)
+        return rows[0] if isinstance(texts, str) else rows
+
+    def fit_normalizer(self, texts: Sequence[Text], progress: Progress | None = None) -> Normalizer:
+        """The mean and deviation of each channel over the embeddings of texts, two or more."""
+        return fit(self._vectors(self._texts(texts), progress), self.family)
+
+    def _texts(self, texts: Sequence[Text]) -> list[list[int]]:
+        tokens = [self._tokens(text, f"texts[{i}]") for i, text in enumerate(texts)]
+        return [each or [first_token(self.tokenizer)] for each in tokens]
+
+    def _vectors(
+        self, texts: list[list[int]], progress: Progress | None
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        return read_vectors(self._evaluate, self._empty, self.n_embed, texts, progress)
 
     # ---- Writing ---------------------------------------------------------------------------------
 
