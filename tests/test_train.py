@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 
 from rwkv_cpp import cli  # noqa: E402
 from rwkv_cpp.errors import RWKVError, RWKVFileError  # noqa: E402
-from rwkv_cpp.train.loop import Progress, Settings, Trainer, make_learner, train  # noqa: E402
+from rwkv_cpp.train.loop import Progress, Settings, Trainer, train  # noqa: E402
 from rwkv_cpp.train.network import NO_WEIGHT, Network  # noqa: E402
 from rwkv_cpp.train.recurrence import CHUNK, wkv  # noqa: E402
 
@@ -130,7 +130,7 @@ def test_network_is_rwkv_4_and_carries_its_past_over_any_cut() -> None:
 
 
 def trainer(text: Path, settings: Settings, base: Path | None = None) -> Trainer:
-    return Trainer(make_learner(settings, base, text), text, settings)
+    return Trainer(text, settings, base)
 
 
 def run(text: Path, target: Path, settings: Settings, stop_at: int = -1, **options) -> Progress:
@@ -211,20 +211,15 @@ def test_held_out_loss_of_a_state_is_that_of_windows_that_begin_with_it(
     text: Path, base: Path
 ) -> None:
     one = trainer(text, replace(TINY, tune_state=True), base)
-    n = (len(one.held_out_data) - 1) // TINY.sequence
-    windows = one.held_out_data[: n * TINY.sequence].view(n, -1).long()
-    targets = one.held_out_data[1 : n * TINY.sequence + 1].view(n, -1).long()
-    with torch.no_grad():
-        logits, _ = one.averaged(windows, one.averaged.past(n))
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    length = (len(one.held_out_data) - 1) % TINY.sequence  # a shorter window at the end
-    assert length
-    total = one.evaluate(streams=1) * (losses.numel() + length)
-    rest = one.held_out_data[-length - 1 :].long()
-    with torch.no_grad():
-        logits, _ = one.averaged(rest[None, :-1], one.averaged.past(1))
-    total -= torch.nn.functional.cross_entropy(logits[0], rest[1:], reduction="sum").item()
-    assert total / losses.numel() == pytest.approx(losses.mean().item(), rel=1e-5)
+    held_out = torch.from_numpy(one.held_out.tokens.astype(np.int64))
+    total = 0.0
+    for x, y in zip(
+        held_out[:-1].split(TINY.sequence), held_out[1:].split(TINY.sequence), strict=True
+    ):
+        with torch.no_grad():
+            logits, _ = one.averaged(x[None], one.averaged.past(1))
+        total += torch.nn.functional.cross_entropy(logits[0], y, reduction="sum").item()
+    assert one.evaluate(pieces=1).mean == pytest.approx(total / (len(held_out) - 1), rel=1e-5)
 
 
 def test_seeds_differ(text: Path) -> None:
@@ -332,9 +327,9 @@ def test_signal_leaves_a_checkpoint(
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        (b"", [], "training part has 0 bytes, one sequence needs 257"),
-        (b"x" * 200, [], "training part has 180 bytes, one sequence needs 257"),
-        (b"x" * 2000, [], "held-out part has 200 bytes, one sequence needs 257"),
+        (b"", [], "text.txt: has no tokens"),
+        (b"x" * 200, [], "the data to train on has 180 tokens, a window needs 257"),
+        (b"x" * 19, ["--sequence", "4"], "its held-out tenth has no two tokens"),
         (b"x" * 3000, ["--resume"], "out.checkpoint: No such file or directory"),
         (b"x" * 3000, ["--steps", "0"], "--steps"),
         (b"x" * 3000, ["--learning-rate", "0"], "--learning-rate"),

@@ -51,7 +51,7 @@ class Learner(nn.Module):
 
     def save(self, path: Path) -> None:
         with replacing(path) as file:
-            torch.save(self.tensors(), file)
+            torch.save({name: t.cpu() for name, t in self.tensors().items()}, file)
 
 
 def read_network(path: Path, dropout: float) -> Network:
@@ -60,14 +60,19 @@ def read_network(path: Path, dropout: float) -> Network:
     Raises RWKVFileError if it is not a sound one of RWKV-4.
     """
     with open_checkpoint(path) as checkpoint:
-        shapes = {name: checkpoint.shape(name) for name in checkpoint}
+        names = [name for name in checkpoint if not name.endswith(".tiny_mask")]  # no weights
+        shapes = {name: checkpoint.shape(name) for name in names}
         try:
             n_vocab, n_embed, n_layer = check_tensors(shapes)
         except ValueError as error:
             raise RWKVFileError(f"{path}: {error}") from None
+        tiny = {"tiny_dim": 0}
+        for i in range(n_layer):
+            if query := shapes.get(f"blocks.{i}.tiny_q.weight"):
+                tiny = {"tiny_dim": query[0], "tiny_layer": i}
         n_ffn = shapes["blocks.0.ffn.key.weight"][0]
         with torch.device("meta"):
-            network = Network(n_vocab, n_layer, n_embed, dropout, n_ffn=n_ffn)
+            network = Network(n_vocab, n_layer, n_embed, dropout, n_ffn=n_ffn, **tiny)
         weights = {}
         for name, parameter in network.state_dict().items():
             array = checkpoint.read(name)

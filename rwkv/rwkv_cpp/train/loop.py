@@ -1,8 +1,8 @@
-"""Training from scratch: batches, the optimizer's steps, held-out loss, checkpoints.
+"""A run: batches, the optimizers' steps, held-out losses, checkpoints.
 
-Every step seeds torch with (seed, step) before it draws its batch and its dropout, so a step
-depends on nothing but the weights and its own number, and a resumed run repeats an uninterrupted
-one to the bit.
+A batch is drawn and torch seeded from (seed, step), so a step depends on nothing but the weights,
+what a text before it has left where that is carried, and its own number; a resumed run repeats an
+uninterrupted one to the bit.
 """
 
 import copy
@@ -20,32 +20,42 @@ from torch.nn import functional as F
 
 from ..atomic import refuse_same_file, replacing
 from ..errors import RWKVError, RWKVFileError
+from ..token_data import TokenData, open_tokens
+from ..tokenizer import Tokenizer, load_tokenizer, tokenizer_named
+from .data import IGNORED, Batch, Streams, Windows, split
+from .evaluation import HeldOutLoss, held_out_loss
 from .learner import Learner, read_network
 from .lora import PARTS, LoRA
-from .network import Network
+from .network import Network, Past
+from .optimizers import learning_rate, make_optimizers
 from .state import InitialState
 
-N_VOCAB = 256  # tokens are bytes
 HELD_OUT = 0.1  # the last part of the text, never trained on
 EVALUATIONS = 20  # held-out losses in a run, evenly spread
-STREAMS = 32  # the held-out text is read as that many texts at once (the last loss: as one)
+PIECES = 32  # the held-out text is read as so many at once (the last loss: as one)
 CHECKPOINT_SECONDS = 60
-MUON_SHARE = 4.0  # Muon's learning rate; AdamW's is 1
 
 
 @dataclass(frozen=True)
 class Settings:
     """All that decides the result of a run; a checkpoint can only be resumed with the same."""
 
+    tokenizer: str | None = None  # None: the base's, or bytes
     n_layer: int = 5
     n_embed: int = 256
+    arch: str = "4"
+    tiny_dim: int | None = None
+    tiny_layer: int | None = None
     sequence: int = 256
     batch: int = 32
     accumulate: int = 1
+    carry: int | None = None  # windows; None: each from anywhere, and from an empty state
     steps: int = 900
     learning_rate: float = 1.5e-3
+    final_learning_rate: float = 0.0
     warmup: int = 50
     optimizer: str = "muon"
+    weight_decay: float = 0.1
     dropout: float = 0.15
     average: float = 0.99
     seed: int = 0
@@ -58,31 +68,22 @@ class Settings:
 
 @dataclass
 class Progress:
-    """Where a run stands; losses are in nats per byte, keyed by the steps done before."""
+    """Where a run stands; losses are in nats per token, keyed by the steps done before."""
 
     step: int
     train: dict[int, float]
     held_out: dict[int, float]
     seconds: float  # of work, over all the pieces of an interrupted run
     cpu_seconds: float
+    bytes_per_token: float  # of the held-out part; 0 if no token has bytes
     finished: bool = False
+    by_position: dict[int, float] | None = None  # see HeldOutLoss, when finished
 
 
-def read_text(path: Path, sequence: int) -> tuple[Tensor, Tensor]:
-    """The bytes of `path` as (train, held-out) tensors, each at least one sequence and a byte."""
-    data = torch.from_numpy(np.fromfile(path, np.uint8))
-    cut = len(data) - int(len(data) * HELD_OUT)
-    for name, part in (("training", data[:cut]), ("held-out", data[cut:])):
-        if len(part) <= sequence:
-            raise RWKVFileError(
-                f"{path}: its {name} part has {len(part)} bytes, one sequence needs {sequence + 1}"
-                " (use a longer text or a smaller --sequence)"
-            )
-    return data[:cut], data[cut:]
-
-
-def bfloat16_is_faster(settings: Settings) -> bool:
-    """Whether this CPU multiplies matrices of the model's shape clearly faster in bfloat16."""
+def bfloat16_is_faster(settings: Settings, device: torch.device) -> bool:
+    """Whether the device multiplies matrices of the model's shape clearly faster in bfloat16."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     rows, columns = settings.batch * settings.sequence, settings.n_embed
     best = {torch.float32: math.inf, torch.bfloat16: math.inf}
     for _ in range(5):
@@ -95,118 +96,101 @@ def bfloat16_is_faster(settings: Settings) -> bool:
     return best[torch.bfloat16] < 0.8 * best[torch.float32]
 
 
-def learning_rate(settings: Settings, step: int) -> float:
-    """Linear warm-up, then a cosine from the full rate to zero at the last step."""
-    warm = min(1.0, (step + 1) / max(settings.warmup, 1))
-    rest = max(step - settings.warmup, 0) / max(settings.steps - settings.warmup, 1)
-    return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(rest, 1.0)))
+def find_device(name: str) -> torch.device:
+    """Raises RWKVError for one that this torch or this machine does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RWKVError(f"--device {name}: cannot be used ({reason})") from None
+    return device
 
 
-def make_optimizers(learner: Learner, kind: str) -> list[torch.optim.Optimizer]:
-    """AdamW for all that learns, or Muon ("muon") for matrices between activations and AdamW for
-    the rest. Matrices decay; vectors are gates, rates and scales with no pull to zero.
-
-    A group's "share" is its part of the learning rate.
-    """
-    learning = learner.learning()
-    rotated = learner.rotated() if kind == "muon" else set()
-    by_adamw = [p for name, p in learning.items() if name not in rotated]
-    groups = [
-        {"params": [p for p in by_adamw if p.dim() == 2], "weight_decay": 0.1, "share": 1.0},
-        {"params": [p for p in by_adamw if p.dim() != 2], "weight_decay": 0.0, "share": 1.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), fused=True)
-    ]
-    if rotated:
-        group = {"params": [learning[name] for name in sorted(rotated)], "share": MUON_SHARE}
-        optimizers.append(
-            torch.optim.Muon(
-                [group], weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-            )
-        )
-    return optimizers
+def new_network(settings: Settings, n_vocab: int) -> Network:
+    """One of random weights. RWKV-4a's attention is half as wide as the layers and stands after
+    three quarters of them unless the settings say otherwise."""
+    n_layer, tiny = settings.n_layer, {}
+    if settings.arch == "4a":
+        layer = 3 * n_layer // 4 if settings.tiny_layer is None else settings.tiny_layer
+        if layer >= n_layer:
+            raise ValueError(f"--tiny-layer {layer}: the model has layers 0 to {n_layer - 1}")
+        tiny = {"tiny_dim": settings.tiny_dim or -(-settings.n_embed // 2), "tiny_layer": layer}
+    return Network(n_vocab, n_layer, settings.n_embed, settings.dropout, **tiny)
 
 
-@torch.no_grad()
-def held_out_loss(learner: Learner, data: Tensor, streams: int, sequence: int) -> float:
-    """Mean loss in nats per byte over `data`, read as `streams` texts in windows of `sequence`.
-
-    The state is carried from one window to the next, except where that is not what is learned.
-    """
-    length = (len(data) - 1) // streams
-    inputs = data[: streams * length].view(streams, length).long()
-    targets = data[1 : streams * length + 1].view(streams, length).long()
-    learner.eval()
-    past = learner.past(streams)
-    total = 0.0
-    for x, y in zip(inputs.split(sequence, 1), targets.split(sequence, 1), strict=True):
-        logits, past = learner(x, past if learner.carries_past else learner.past(streams))
-        total += F.cross_entropy(logits.float().transpose(1, 2), y, reduction="sum").item()
-    learner.train()
-    return total / inputs.numel()
-
-
-def make_learner(settings: Settings, base: Path | None, text: Path) -> Learner:
-    """What the run trains, as it is before the first step."""
-    torch.manual_seed(settings.seed)
-    if base is None:
-        return Learner(Network(N_VOCAB, settings.n_layer, settings.n_embed, settings.dropout))
-    network = read_network(base, settings.dropout)
+def make_learner(settings: Settings, network: Network, tokens: Tensor) -> Learner:
+    """What the run trains, before the first step. tokens: some of the text, (batch, sequence)."""
     if settings.lora_rank:
         parts = settings.lora_parts.split(",")
         return LoRA(network, settings.lora_rank, settings.lora_alpha, parts)
-    if settings.tune_state:
-        data, _ = read_text(text, settings.sequence)
-        return InitialState(network, draw_windows(data, settings)[:, :-1])
-    return Learner(network)
+    return InitialState(network, tokens) if settings.tune_state else Learner(network)
 
 
-def draw_windows(data: Tensor, settings: Settings) -> Tensor:
-    """(batch, sequence + 1) tokens from anywhere in `data`."""
-    starts = torch.randint(len(data) - settings.sequence, (settings.batch, 1))
-    return data[starts + torch.arange(settings.sequence + 1)].long()
-
-
-def hash_of(*tensors: Tensor) -> str:
+def hash_of(*arrays: np.ndarray | Tensor) -> str:
     result = hashlib.sha256()
-    for tensor in tensors:
-        result.update(tensor.detach().numpy())
+    for array in arrays:
+        result.update(np.ascontiguousarray(array).data)
     return result.hexdigest()
 
 
 class Trainer:
-    """One run: what learns, its averaged twin, the optimizer and what has been seen so far."""
+    """One run: what learns, its averaged twin, the optimizers and what has been seen so far."""
 
-    def __init__(self, learner: Learner, text: Path, settings: Settings) -> None:
+    def __init__(
+        self, text: Path, settings: Settings, base: Path | None = None, device: str = "cpu"
+    ) -> None:
         self.settings = settings
-        self.train_data, self.held_out_data = read_text(text, settings.sequence)
-        self.text_hash = hash_of(self.train_data, self.held_out_data)
-        self.learner = learner
+        self.device = find_device(device)
+        torch.manual_seed(settings.seed)
+        if base:
+            network = read_network(base, settings.dropout)
+            tokenizer = _tokenizer_for(base, network, settings.tokenizer)
+        else:
+            tokenizer = tokenizer_named(settings.tokenizer or "bytes")
+            network = new_network(settings, tokenizer.n_vocab)
+        data = open_tokens(text, tokenizer)
+        self.text_hash = hash_of(data.tokens, data.documents)
+        train, self.held_out = split(data, HELD_OUT)
+        shape = (settings.batch, settings.sequence, settings.seed)
+        if settings.carry:
+            self.batches: Windows | Streams = Streams(train, *shape, settings.carry)
+        else:
+            self.batches = Windows(train, *shape)
+        if self.held_out.tokens.size < 2:
+            raise RWKVFileError(f"{text}: its held-out tenth has no two tokens (use a longer text)")
+        learner = make_learner(settings, network, self.batches.draw(0).inputs)
+        self.learner = learner.to(self.device)
+        self.past: list[Past] | None = None  # what the batch before has left, where it is carried
         frozen = {id(p): p for p in learner.parameters() if not p.requires_grad}
-        self.frozen_hash = hash_of(*frozen.values())
+        self.frozen_hash = hash_of(*(p.detach().cpu() for p in frozen.values()))
         self.averaged = copy.deepcopy(learner, frozen)  # they share what does not learn
         self.learning, self.averages = learner.learning(), self.averaged.learning()
-        self.optimizers = make_optimizers(learner, settings.optimizer)
-        self.progress = Progress(0, {}, {}, 0.0, 0.0)
+        self.optimizers = make_optimizers(learner, settings.optimizer, settings.weight_decay)
+        self.progress = Progress(0, {}, {}, 0.0, 0.0, _bytes_per_token(tokenizer, self.held_out))
         self.precision = settings.precision
         if self.precision == "auto":
-            self.precision = "bfloat16" if bfloat16_is_faster(settings) else "float32"
+            faster = bfloat16_is_faster(settings, self.device)
+            self.precision = "bfloat16" if faster else "float32"
 
     def step(self) -> float:
-        """One step of the optimizer; the batch's loss before it, in nats per byte."""
+        """One step of the optimizers; the batch's loss before it, in nats per token."""
         settings, number = self.settings, self.progress.step
         torch.manual_seed(settings.seed * 1_000_003 + number + 1)
-        window = draw_windows(self.train_data, settings)
-        rate = learning_rate(settings, number)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["share"]
-        loss = sum(self.backward(part) for part in window.chunk(settings.accumulate))
+        loss = self.backward(self.batches.draw(number))
         if not math.isfinite(loss):
             raise RWKVError(f"the loss is {loss} at step {number} (try a smaller --learning-rate)")
         torch.nn.utils.clip_grad_norm_(self.learning.values(), 1.0)
+        rate = learning_rate(
+            number,
+            settings.steps,
+            settings.warmup,
+            settings.learning_rate,
+            settings.final_learning_rate,
+        )
         for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["share"]
             optimizer.step()
             optimizer.zero_grad()
         # A young average forgets faster, or it would remember the first random weights.
@@ -219,23 +203,53 @@ class Trainer:
         self.progress.step += 1
         return loss
 
-    def backward(self, window: Tensor) -> float:
-        """Add the gradient of a part (b, sequence + 1) of the batch; its share of the loss."""
-        past = self.learner.past(len(window))
-        logits, _ = self.learner(window[:, :-1], past, getattr(torch, self.precision))
-        loss = F.cross_entropy(
-            logits.float().flatten(0, 1), window[:, 1:].flatten(), reduction="sum"
-        )
-        loss = loss / (self.settings.batch * self.settings.sequence)
-        loss.backward()
-        return loss.item()
+    def backward(self, batch: Batch) -> float:
+        """Add the gradients of a batch, part by part; its loss."""
+        n_targets = int((batch.targets != IGNORED).sum())
+        total, left = 0.0, []
+        for rows in torch.arange(len(batch.inputs)).chunk(self.settings.accumulate):
+            inputs, targets = (x[rows].to(self.device) for x in (batch.inputs, batch.targets))
+            past = self.past_of(rows, batch.continues[rows].to(self.device))
+            logits, after = self.learner(inputs, past, getattr(torch, self.precision))
+            loss = F.cross_entropy(
+                logits.float().flatten(0, 1),
+                targets.flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
+            (loss / n_targets).backward()
+            total += loss.item()
+            left.append([Past(*(part.detach() for part in layer)) for layer in after])
+        if self.settings.carry:
+            self.past = [
+                Past(*map(torch.cat, zip(*layers, strict=True)))
+                for layers in zip(*left, strict=True)
+            ]
+        return total / n_targets
 
-    def evaluate(self, streams: int = STREAMS) -> float:
+    def past_of(self, rows: Tensor, continues: Tensor) -> list[Past]:
+        """What `rows` of the batch begin with; those that continue do where they stopped."""
+        fresh = self.learner.past(len(rows))
+        if self.past is None:
+            return fresh
+        return [
+            Past(
+                *(
+                    torch.where(continues.view(-1, *[1] * (new.dim() - 1)), old[rows], new)
+                    for old, new in zip(old_layer, new_layer, strict=True)
+                )
+            )
+            for old_layer, new_layer in zip(self.past, fresh, strict=True)
+        ]
+
+    def evaluate(self, pieces: int = PIECES) -> HeldOutLoss:
         """Held-out loss of the averaged weights, in float32."""
-        sequence = self.settings.sequence
-        streams = min(streams, len(self.held_out_data) // (sequence + 1))
-        loss = held_out_loss(self.averaged, self.held_out_data, streams, sequence)
-        self.progress.held_out[self.progress.step] = loss
+        settings = self.settings
+        rows = max(settings.batch // settings.accumulate, 1)
+        loss = held_out_loss(
+            self.averaged, self.held_out, settings.sequence, rows=rows, pieces=pieces
+        )
+        self.progress.held_out[self.progress.step] = loss.mean
         return loss
 
     def save_checkpoint(self, path: Path) -> None:
@@ -247,6 +261,7 @@ class Trainer:
                     "text": self.text_hash,
                     "frozen": self.frozen_hash,
                     "progress": asdict(self.progress),
+                    "past": None if self.past is None else [tuple(layer) for layer in self.past],
                     "learning": self.learning,
                     "averages": self.averages,
                     "optimizers": [each.state_dict() for each in self.optimizers],
@@ -256,7 +271,7 @@ class Trainer:
 
     def load_checkpoint(self, path: Path) -> None:
         try:
-            saved = torch.load(path, weights_only=True)
+            saved = torch.load(path, map_location=self.device, weights_only=True)
             settings, text, frozen = saved["settings"], saved["text"], saved["frozen"]
         except OSError:
             raise
@@ -274,6 +289,7 @@ class Trainer:
             raise RWKVFileError(f"{path}: was trained from another base (resume with its --from)")
         self.precision = saved["precision"]
         self.progress = Progress(**saved["progress"])
+        self.past = saved["past"] and [Past(*layer) for layer in saved["past"]]
         with torch.no_grad():
             for key, tensors in (("learning", self.learning), ("averages", self.averages)):
                 for name, tensor in tensors.items():
@@ -288,6 +304,8 @@ def train(
     settings: Settings,
     *,
     base: Path | None = None,
+    device: str = "cpu",
+    gradient_checkpointing: bool = False,
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress]:
@@ -306,7 +324,8 @@ def train(
         raise ValueError(f"{target}: expected a name that ends in .pth")
     refuse_same_file(text, target)
     checkpoint = target.with_suffix(".checkpoint")
-    trainer = Trainer(make_learner(settings, base, text), text, settings)
+    trainer = Trainer(text, settings, base, device)
+    trainer.learner.network.recomputes = gradient_checkpointing
     if resume:
         trainer.load_checkpoint(checkpoint)
     elif checkpoint.exists():
@@ -330,8 +349,31 @@ def train(
         yield progress
         if stop:
             return
-    trainer.evaluate(streams=1)  # as the core's perplexity reads it
+    progress.by_position = trainer.evaluate().by_position()
+    trainer.evaluate(pieces=1)  # as the core's perplexity reads it
     progress.finished = True
     trainer.averaged.save(target)
     checkpoint.unlink(missing_ok=True)
     yield progress
+
+
+def _tokenizer_for(base: Path, network: Network, name: str | None) -> Tokenizer:
+    n_vocab = network.emb.num_embeddings
+    if name is None:
+        return load_tokenizer(n_vocab)
+    tokenizer = tokenizer_named(name)
+    if tokenizer.n_vocab > n_vocab:
+        raise RWKVFileError(
+            f"{base}: has {n_vocab} tokens, --tokenizer {name} {tokenizer.n_vocab} (leave it out, "
+            "or name the one that the model was trained with)"
+        )
+    return tokenizer
+
+
+def _bytes_per_token(tokenizer: Tokenizer, data: TokenData) -> float:
+    counts = np.bincount(data.tokens, minlength=tokenizer.n_vocab)
+    n_bytes = sum(
+        int(counts[token]) * len(tokenizer.token_bytes(int(token)) or b"")
+        for token in np.flatnonzero(counts)
+    )
+    return n_bytes / data.tokens.size

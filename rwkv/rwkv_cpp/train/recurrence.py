@@ -1,8 +1,9 @@
-"""The recurrence of RWKV-4, parallel over chunks of a sequence, its gradient written by hand.
+"""The recurrences of RWKV-4 and of 4a's attention, parallel over chunks of a sequence.
 
-In the state of a channel, `sums` holds a weighted sum of values and the sum of the weights. A step
-multiplies it by exp(-exp(decay)) and adds the token's exp(k) v and exp(k). All chunks take their
-steps side by side as if each came first; then what the earlier ones leave is carried along them.
+The gradient of the first is written by hand. In its state, `sums` of a channel are a weighted sum
+of values and the sum of the weights. A step multiplies both by exp(-exp(decay)) and adds the
+token's exp(k) v and exp(k). All chunks take their steps side by side as if each came first; then
+what the earlier ones leave is carried along them.
 """
 
 import math
@@ -148,3 +149,22 @@ def _scan(added: Tensor, fade: Tensor, backwards: bool = False) -> Tensor:
     for step, before, after in zip(steps, slots, slots[1:], strict=False):
         torch.addcmul(step, before, fade, out=after)
     return sums
+
+
+ATTENTION_CHUNK = 64
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over all tokens u up to t of (q_t · k_u) v_u, and the new memory.
+
+    q, k (B, T, D); v and the sums (B, T, C); memory (B, D, C) is the sum of k_u v_u of the tokens
+    before. Sums are of the memory's precision.
+    """
+    results = []
+    for q_chunk, k_chunk, v_chunk in zip(
+        *(x.split(ATTENTION_CHUNK, 1) for x in (q, k, v)), strict=True
+    ):
+        inside = torch.tril(q_chunk @ k_chunk.mT) @ v_chunk
+        results.append(inside.to(memory.dtype) + q_chunk.to(memory.dtype) @ memory)
+        memory = memory + k_chunk.mT @ v_chunk
+    return torch.cat(results, 1), memory

@@ -20,11 +20,14 @@ class InitialState(Learner):
         super().__init__(network.requires_grad_(False))
         with torch.no_grad():
             _, past = network(tokens, network.empty_past(len(tokens)))
-        means = [torch.stack([part.mean(0) for part in layer]) for layer in past]
-        self.rows = nn.Parameter(torch.stack(means))  # (n_layer, those of a Past, n_embed)
+        means = [torch.stack([part.mean(0) for part in layer[:-1]]) for layer in past]
+        self.rows = nn.Parameter(torch.stack(means))  # (n_layer, vectors of a Past, n_embed)
 
     def past(self, batch: int) -> list[Past]:
-        return [Past(*(row.expand(batch, -1) for row in layer)) for layer in self.rows]
+        return [
+            Past(*[*(row.expand(batch, -1) for row in layer), empty.tiny])
+            for layer, empty in zip(self.rows, super().past(batch), strict=True)
+        ]
 
     def rotated(self) -> set[str]:
         return set()
@@ -36,8 +39,8 @@ class InitialState(Learner):
         """
         result = {}
         for i, layer in enumerate(self.rows.detach()):
-            past = Past(*layer)
-            state = (past.att_input, past.value, torch.ones_like(past.value), past.key)
+            att_input, ffn_input, key, value = layer
+            state = (att_input, value, torch.ones_like(value), key)
             result[f"blocks.{i}.att.time_state"] = torch.stack(state)
-            result[f"blocks.{i}.ffn.time_state"] = past.ffn_input.clone()
+            result[f"blocks.{i}.ffn.time_state"] = ffn_input.clone()
         return result
