@@ -22,6 +22,12 @@ class RowConverter {
                  const char * advice)
         : file_(file), tensor_(tensor), type_(type), team_(team), advice_(advice) {}
 
+    /* From now on scales are searched. importances: of the columns; NULL: all matter alike. */
+    void search(const float * importances) {
+        search_ = true;
+        importances_ = importances;
+    }
+
     /* For each_slab. The result is valid until the next call. */
     const uint8_t * operator()(size_t first_row, size_t rows, const uint8_t * bytes);
 
@@ -31,6 +37,8 @@ class RowConverter {
     const ggml_type type_;
     const Team & team_;
     const char * const advice_;
+    bool search_ = false;
+    const float * importances_ = nullptr;
     size_t capacity_ = 0; /* rows */
     std::unique_ptr<float[]> weights_;
     std::unique_ptr<uint8_t[]> result_;

@@ -607,10 +607,6 @@ template <class T> void give(T * to, const T & result, size_t oldest, const char
     std::memcpy((void *)to, &result, std::min<size_t>(to->size, sizeof result));
 }
 
-void refuse(bool asked, const char * what) {
-    if (asked) fail(RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED, "%s: not offered yet", what);
-}
-
 // Those of another context of the model: weights are bf16 for all of them or for none.
 ggml_activations activations_of(const Model & model, const char * name) {
     const Activations activations = find_activations(name);
@@ -634,11 +630,6 @@ rwkv_quantize_options checked_options(const rwkv_quantize_options * given) {
     need(given != nullptr, "options");
     const auto options =
         known_options(given, rwkv_default_quantize_options(), "rwkv_quantize_options");
-    refuse(options.types != nullptr, "types of single tensors");
-    refuse(options.importances != nullptr, "importances");
-    if (options.method != nullptr && std::strcmp(options.method, "rtn") != 0) {
-        fail(RWKV_ERROR_ARGS, "unknown method '%s' (choose rtn)", escaped(options.method).c_str());
-    }
     if (options.file_version != 0 && (options.file_version < RWKV_FILE_VERSION_MIN ||
                                       options.file_version > RWKV_FILE_VERSION_MAX)) {
         fail(RWKV_ERROR_ARGS | RWKV_ERROR_FILE_VERSION, "file_version is %u, expected 0, %d or %d",

@@ -266,9 +266,17 @@ struct rwkv_quantize_options {
     bool allow_nan;      /* weights that are not finite: false is an error, true passes them on */
     const char * head;   /* "Q4_0" … "Q8_0", in that version. NULL: the source's format, which the
                             embedding keeps anyway */
-    const char * types;  /* must be NULL: per-tensor types are not offered yet */
-    const char * method; /* NULL or "rtn": round to nearest by the format's own rule */
-    const char * importances; /* must be NULL */
+    const char * types;  /* "PATTERN=FORMAT,…": matrices in formats of their own, in that version,
+                            "FP16" and "FP32" included, the head's and the embedding's too. A
+                            pattern is one or more whole parts of names ("ffn.value", "blocks.0",
+                            "head"); the last one that matches wins. NULL: none. Since 1002 */
+    const char * method; /* NULL or "rtn": round to nearest by the format's own rule. "mse": scales
+                            are searched for the least squared error. "importance": the same, an
+                            error counting as much as its column matters. Since 1002 */
+    const char * importances; /* for that: path of a ggmf file of the model's sizes with an FP32
+                                 vector for each matrix, of its name: for each of its columns the
+                                 mean square of what it is multiplied with (rwkv_eval_importances).
+                                 An embedding has none: mse. Since 1002 */
     rwkv_progress progress;   /* bytes of the source; may be NULL */
     void * progress_user;
 };

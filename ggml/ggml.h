@@ -67,6 +67,12 @@ size_t ggml_row_size(enum ggml_type type, size_t n);
 void ggml_quantize_row(enum ggml_type type, const float * x, void * row, size_t n);
 void ggml_dequantize_row(enum ggml_type type, const void * row, float * x, size_t n);
 
+/* The same bytes' worth with less error: scales are searched (quantize_search.c). importances: how
+ * much an error in each column counts, n finite numbers that are not negative, of which those of a
+ * block are seen in proportion and as equal if all are zero; NULL: all are equal. */
+void ggml_search_row(enum ggml_type type, const float * x, const float * importances, void * row,
+                     size_t n);
+
 /* A row of `from` as one of `to`. Between two layouts of one format the codes stay and the scales
  * are rounded; between formats the weights are dequantized and quantized. Returns false if a Q4_1_O
  * block has an outlier index that no writer makes; *bad_block is then its number in the row. */

@@ -800,7 +800,7 @@ static void test_quantize(void) {
     for (int i = 0; i < 3; i++) {
         *texts[i] = "Q8_0";
         check(!rwkv_quantize_file(model_path, output_path, &options),
-              "an option that is not offered");
+              "an option that does not fit");
         *texts[i] = NULL;
     }
     options.method = "rtn";

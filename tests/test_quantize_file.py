@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import environment
-from models import random_model, write_model
+from models import random_model, read_model, write_model
+from reference import quants
+from rwkv_cpp import RWKVModel
 from rwkv_cpp.errors import RWKVFileError
 from rwkv_cpp.library import load_rwkv_shared_library
 
@@ -181,6 +183,73 @@ def test_q07_format_of_another_version(source: Path, target: Path, name: str) ->
         quantize(source, target, name, file_version=101)
     with pytest.raises(ValueError, match="file_version is 102"):
         quantize(source, target, name, file_version=102)
+
+
+# ---- types of single tensors ----
+
+
+def types_of(source: Path, target: Path, types: str, **options: object) -> dict[str, str]:
+    quantize(source, target, types=types, **options)
+    return {key: tensor.name for key, tensor in read_model(target).items()}
+
+
+def test_types(source: Path, target: Path) -> None:
+    """Whole parts of names; the last pattern that matches wins; vectors stay FP32."""
+    types = "blocks.1=Q8_0,ffn.value=Q4_0,blocks.1.ffn.value.weight=FP16,head=Q5_0,emb=FP16"
+    found = types_of(source, target, types, head="Q4_1")
+    for key, values in TENSORS.items():
+        wanted = "FP32" if values.ndim == 1 else "Q8_0" if "blocks.1." in key else "Q5_1"
+        if "ffn.value" in key:
+            wanted = "FP16" if "blocks.1." in key else "Q4_0"
+        wanted = {"head.weight": "Q5_0", "emb.weight": "FP16"}.get(key, wanted)
+        assert found[key] == wanted, key
+    assert types_of(source, target, "weight=Q8_0")["emb.weight"] == "Q8_0"
+    with RWKVModel(None, target, 1) as model:
+        model.eval(1, None)
+
+
+def test_types_of_a_tensor_have_its_formats_bytes(source: Path, target: Path) -> None:
+    key = "blocks.0.att.key.weight"
+    for version, name in ((101, "Q4_0"), (100, "Q4_0"), (100, "Q4_1_O"), (100, "Q4_2")):
+        quantize(source, target, types=f"{key}={name}", file_version=version)
+        wanted = quants.quantize(version, name, TENSORS[key])
+        np.testing.assert_array_equal(read_model(target)[key].data, wanted)
+
+
+@pytest.mark.parametrize(
+    ("types", "words"),
+    [
+        ("", "types: '' is not PATTERN=FORMAT"),
+        ("ffn.value", "types: 'ffn.value' is not PATTERN=FORMAT"),
+        ("=Q4_0", "types: '=Q4_0' is not PATTERN=FORMAT"),
+        ("ffn.value=Q4_0,", "types: '' is not PATTERN=FORMAT"),
+        ("ffn.value=", "unknown format ''"),
+        ("ffn.value=Q6_K", "unknown format 'Q6_K' (choose from FP32, FP16, Q4_0"),
+        ("ffn.value=Q4_0=Q5_0", "unknown format 'Q4_0=Q5_0'"),
+        ("ffn.val=Q4_0", "types: 'ffn.val' matches no tensor of"),
+        ("blocks.2=Q4_0", "types: 'blocks.2' matches no tensor of"),
+        ("f*\x1b=Q4_0", "types: 'f*\\x1b' matches no tensor of"),
+        ("ln1=Q8_0", "types: 'ln1' matches vectors only, such as blocks."),
+        ("att.time_decay=FP16", "types: 'att.time_decay' matches vectors only"),
+        ("ffn.key=Q4_2", "files of version 101 have no Q4_2 (choose 100)"),
+    ],
+)
+def test_types_that_are_refused(source: Path, target: Path, types: str, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        quantize(source, target, types=types)
+    assert str(caught.value).isprintable()
+    assert not target.exists()
+
+
+def test_types_of_rows_that_are_no_blocks(tmp_path: Path, target: Path) -> None:
+    tensors = random_model(seed=8, n_vocab=8, n_embed=32, n_layer=1, n_ffn=48)
+    write_model(tmp_path / "in.bin", tensors)
+    with pytest.raises(RWKVFileError, match=r"'blocks\.0\.ffn\.value\.weight': rows of 48"):
+        quantize(tmp_path / "in.bin", target)
+    assert types_of(tmp_path / "in.bin", target, "ffn.value=FP16")["head.weight"] == "FP32"
+
+
+# ---- weights ----
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -665,6 +665,9 @@ class RWKVSharedLibrary:
         file_version: int = 0,
         allow_nan: bool = False,
         head: str | None = None,
+        types: str | None = None,
+        method: str | None = None,
+        importances: FilePath | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Write a quantized copy; see rwkv_quantize_options in rwkv.h for the options."""
@@ -675,6 +678,9 @@ class RWKVSharedLibrary:
             file_version=as_integer(file_version, "file_version", 0, 2**32 - 1),
             allow_nan=allow_nan,
             head=_text(head),
+            types=_text(types),
+            method=_text(method),
+            importances=None if importances is None else _path(importances),
             progress=monitor.callback,
         )
         monitor.run(

@@ -1,0 +1,240 @@
+/* Scales by search: the d and m with which a block, every code being the nearest, comes closest to
+ * its weights, where an error counts as much as its column matters.
+ *
+ * Only scales are searched, as the file will hold them: given these, the nearest codes are best.
+ * From each of a few dozen starts, which leave more and more of the largest weights out, least
+ * squares lead to the bottom of a valley. The first start is the rule of the format (quantize.c),
+ * so no block gets worse than by that, and it stands where it is exact or sums are not finite.
+ *
+ * Some blocks are searched side by side, one in each lane. No sum crosses lanes, so compilers make
+ * vectors of the loops over lanes, and the bytes are the same whatever they make. */
+#include <math.h>
+
+#include "blocks.h"
+#include "fp16.h"
+
+enum { LANES = 8 };
+
+typedef float lanes[LANES];
+
+struct search {
+    const struct ggml_layout * layout;
+    float low, high; /* codes, less the one that means 0 */
+    lanes x[GGML_ROW_UNIT];
+    lanes w[GGML_ROW_UNIT]; /* what an error counts for */
+    lanes sum;              /* of w, without the outlier's */
+    lanes base;             /* the error of the outlier */
+    int outlier[LANES];     /* its place, or layout->size */
+    struct {
+        lanes d, m, error;
+        int outlier[LANES];
+    } best;
+};
+
+static float stored(const struct search * s, float scale) {
+    return s->layout->wide ? scale : fp16_to_fp32(fp32_to_fp16(scale));
+}
+
+/* The nearest code, less zero; adding 1.5 * 2^23 leaves no room for a fraction. */
+static float nearest(const struct search * s, float steps) {
+    float clamped = steps > s->low ? (steps < s->high ? steps : s->high) : s->low;
+    return (clamped + 12582912.0f) - 12582912.0f;
+}
+
+/* Keeps d and m where they are the best so far, and moves them to what fits their codes best. */
+static void attempt(struct search * s, lanes d, lanes m) {
+    lanes id, error, r1 = {0}, rq = {0}, q1 = {0}, qq = {0}; /* w times r·r, r, r·q, q, q·q */
+    for (int l = 0; l < LANES; l++) {
+        d[l] = stored(s, d[l]);
+        m[l] = stored(s, m[l]);
+        id[l] = d[l] != 0 ? 1 / d[l] : 0;
+        error[l] = s->base[l];
+    }
+    for (int k = 0; k < s->layout->size; k++) {
+        for (int l = 0; l < LANES; l++) {
+            float q = nearest(s, (s->x[k][l] - m[l]) * id[l]);
+            float r = s->x[k][l] - (q * d[l] + m[l]);
+            float w = k == s->outlier[l] ? 0 : s->w[k][l];
+            error[l] += w * r * r;
+            r1[l] += w * r;
+            rq[l] += w * r * q;
+            q1[l] += w * q;
+            qq[l] += w * q * q;
+        }
+    }
+    for (int l = 0; l < LANES; l++) {
+        if (error[l] < s->best.error[l]) {
+            s->best.error[l] = error[l];
+            s->best.d[l] = d[l];
+            s->best.m[l] = m[l];
+            s->best.outlier[l] = s->outlier[l];
+        }
+        float det = s->sum[l] * qq[l] - q1[l] * q1[l];
+        if (!s->layout->min) {
+            d[l] += qq[l] > 0 ? rq[l] / qq[l] : 0;
+        } else if (det > 1e-6f * s->sum[l] * qq[l]) {
+            d[l] += (s->sum[l] * rq[l] - q1[l] * r1[l]) / det;
+            m[l] += (qq[l] * r1[l] - q1[l] * rq[l]) / det;
+        } else { /* all codes are the same */
+            m[l] += r1[l] / s->sum[l];
+        }
+    }
+}
+
+enum { STEPS = 3 };
+
+/* A start and where it leads. */
+static void descend(struct search * s, lanes d, lanes m) {
+    for (int step = 0; step < STEPS; step++) attempt(s, d, m);
+}
+
+/* Formats without a minimum: the largest weight gets a code that is near the outermost, on either
+ * side of it, or far outside, so that it is cut off. */
+static void search_scale(struct search * s) {
+    lanes top = {0};
+    for (int k = 0; k < s->layout->size; k++)
+        for (int l = 0; l < LANES; l++) top[l] = fmaxf(top[l], fabsf(s->x[k][l]));
+    const bool symmetric = s->low == -s->high;
+    for (int side = symmetric ? 1 : -1; side <= 1; side += 2) {
+        const float limit = side < 0 ? -s->low : s->high;
+        for (int i = 0; i < 14; i++) {
+            const float step = (float)i;
+            const float code = i < 9 ? limit + 0.8f - 0.35f * step : limit * (step - 4) * 0.25f;
+            lanes d, m = {0};
+            for (int l = 0; l < LANES; l++) d[l] = (float)side * top[l] / code;
+            descend(s, d, m);
+        }
+    }
+}
+
+/* Formats with one: all of the range or less of it, at its bottom, middle and top. */
+static void search_range(struct search * s) {
+    lanes min, max;
+    for (int l = 0; l < LANES; l++) {
+        min[l] = INFINITY;
+        max[l] = -INFINITY;
+    }
+    for (int k = 0; k < s->layout->size; k++) {
+        for (int l = 0; l < LANES; l++) {
+            if (k == s->outlier[l]) continue;
+            min[l] = s->x[k][l] < min[l] ? s->x[k][l] : min[l];
+            max[l] = s->x[k][l] > max[l] ? s->x[k][l] : max[l];
+        }
+    }
+    for (int i = 0; i < 8; i++) {
+        for (int j = 0; j < 3; j++) {
+            lanes d, m;
+            for (int l = 0; l < LANES; l++) {
+                float range = max[l] - min[l], part = 1.04f - 0.08f * (float)i;
+                d[l] = part * range / s->high;
+                m[l] = min[l] + (1 - part) * (0.5f * (float)j) * range;
+            }
+            descend(s, d, m);
+        }
+    }
+}
+
+static void set_outlier(struct search * s, int l, int k) {
+    s->outlier[l] = k;
+    s->sum[l] = s->base[l] = 0;
+    for (int i = 0; i < s->layout->size; i++) s->sum[l] += i == k ? 0 : s->w[i][l];
+    if (k >= s->layout->size) return;
+    float r = s->x[k][l] - fp16_to_fp32(fp32_to_fp16(s->x[k][l]));
+    s->base[l] = s->w[k][l] * r * r;
+}
+
+/* Q4_1_O: the smallest weight, the largest, or the one whose distance from the mean counts most. */
+static void search_outlier(struct search * s) {
+    int places[3][LANES] = {{0}};
+    for (int l = 0; l < LANES; l++) {
+        float mean = 0, top = 0;
+        for (int k = 0; k < s->layout->size; k++) mean += s->w[k][l] * s->x[k][l];
+        for (int k = 0; k < s->layout->size; k++) {
+            float r = s->x[k][l] - mean, count = s->w[k][l] * r * r;
+            if (s->x[k][l] < s->x[places[0][l]][l]) places[0][l] = k;
+            if (s->x[k][l] > s->x[places[1][l]][l]) places[1][l] = k;
+            if (count > top) {
+                top = count;
+                places[2][l] = k;
+            }
+        }
+    }
+    for (int i = 0; i < 3; i++) {
+        for (int l = 0; l < LANES; l++) set_outlier(s, l, places[i][l]);
+        search_range(s);
+    }
+}
+
+/* Weights and what they count for: those of a block add up to 1. */
+static void load(struct search * s, int l, const float * x, const float * importances) {
+    const int size = s->layout->size;
+    double sum = 0;
+    for (int k = 0; k < size && importances != NULL; k++) sum += importances[k];
+    for (int k = 0; k < size; k++) {
+        s->x[k][l] = x[k];
+        s->w[k][l] = sum > 0 ? (float)(importances[k] / sum) : 1.0f / (float)size;
+    }
+}
+
+void ggml_search_row(enum ggml_type type, const float * x, const float * importances, void * row,
+                     size_t n) {
+    const struct ggml_layout * layout = &ggml_layouts[type];
+    uint8_t * bytes = row;
+    if (layout->size == 0) {
+        ggml_quantize_row(type, x, row, n);
+        return;
+    }
+    const size_t size = layout->size, n_blocks = n / size;
+    const size_t block_bytes = ggml_type_traits(type)->block_bytes;
+    const float levels = (float)((1 << layout->bits) - 1);
+    struct search s = {.layout = layout, .low = -(float)layout->zero};
+    s.high = levels + s.low;
+    if (layout->bits == 8) {
+        s.low = -127;
+        s.high = 127;
+    }
+    ggml_quantize_row(type, x, row, n);
+    for (size_t first = 0; first < n_blocks; first += LANES) {
+        struct ggml_block rule[LANES];
+        bool stands[LANES];
+        lanes d, m;
+        for (int l = 0; l < LANES; l++) {
+            const size_t i = first + (size_t)l < n_blocks ? first + (size_t)l : n_blocks - 1;
+            load(&s, l, x + i * size, importances == NULL ? NULL : importances + i * size);
+            ggml_block_unpack(type, bytes + i * block_bytes, &rule[l]);
+            set_outlier(&s, l, layout->outlier ? rule[l].index : layout->size);
+            d[l] = rule[l].d;
+            m[l] = layout->min ? rule[l].m : 0;
+            s.best.error[l] = INFINITY;
+        }
+        attempt(&s, d, m);
+        for (int l = 0; l < LANES; l++)
+            stands[l] = !(s.best.error[l] > 0 && s.best.error[l] < INFINITY);
+        descend(&s, d, m);
+        if (layout->outlier) {
+            search_outlier(&s);
+        } else if (layout->min) {
+            search_range(&s);
+        } else {
+            search_scale(&s);
+        }
+        for (int l = 0; l < LANES && first + (size_t)l < n_blocks; l++) {
+            if (stands[l]) continue;
+            struct ggml_block * block = &rule[l];
+            block->d = s.best.d[l];
+            block->m = s.best.m[l];
+            float id = block->d != 0 ? 1 / block->d : 0;
+            for (size_t k = 0; k < size; k++) {
+                float q = nearest(&s, (s.x[k][l] - s.best.m[l]) * id);
+                block->q[k] = (uint8_t)((int)q + layout->zero);
+            }
+            if (layout->outlier) {
+                const int k = s.best.outlier[l];
+                block->index = (uint16_t)k;
+                block->outlier = s.x[k][l];
+                block->q[k] = 0;
+            }
+            ggml_block_pack(type, block, bytes + (first + (size_t)l) * block_bytes);
+        }
+    }
+}
