@@ -315,6 +315,12 @@ def test_readme(tmp_path, monkeypatch):
     assert out == f"{logits}\n{logits}\n"
 
 
+def test_4a_is_refused(tmp_path):
+    write_model(tmp_path / "a.bin", random_model(2, n_embed=32, n_layer=2, n_tiny=8))
+    with pytest.raises(ValueError, match="ChatRWKV has no place for the tiny attention of RWKV-4a"):
+        RWKV(str(tmp_path / "a.bin"), "cpu fp32")
+
+
 def test_state_of_chatrwkv_is_a_state_of_ours(model):
     _, state = model.forward(TOKENS, None)
     assert np.array_equal(

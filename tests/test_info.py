@@ -28,6 +28,21 @@ def test_inspect(tmp_path, tensors):
     assert len(info.types) == 3
 
 
+def test_tiny_attention(tmp_path, tensors):
+    path = tmp_path / "model.bin"
+    write_model(path, tensors)
+    plain = inspect(path)
+    tiny = random_model(4, n_vocab=50, n_embed=32, n_layer=2, n_tiny=7, tiny_layer=1)
+    write_model(path, tiny)
+    info = inspect(path)
+    assert plain.arch == "RWKV-4"
+    assert info.arch == "RWKV-4a, a tiny attention of 7 after layer 1"
+    assert info.memory.state == plain.memory.state + 7 * 32 * 4
+    assert info.memory.scratch - plain.memory.scratch >= 2 * 256 * 7 * 4 + 7 * 32 * 4
+    assert info.memory.token - plain.memory.token == (2 * 7 + 32 + 2) * 32 * 4
+    assert info.arch in rwkv("info", "-m", path).stdout
+
+
 def test_bad_file(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(RWKVFileError, match=r"model\.bin.*zip|model\.bin.*PyTorch"):

@@ -50,6 +50,17 @@ def test_bytes_are_the_references(tmp_path, tensors, plain, name):
         assert target.read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.parametrize("name", ["Q4_1_O", "Q5_1"])
+def test_tiny_attention_is_quantized_whatever_its_width(tmp_path, name):
+    source, target, expected = tmp_path / "source", tmp_path / "target", tmp_path / "expected"
+    tensors = random_model(3, n_vocab=50, n_embed=64, n_layer=2, n_tiny=7, tiny_layer=1)
+    write_model(source, tensors)
+    quantize_file(source, target, name)
+    file = write_model(expected, tensors, name, NEWEST[name])
+    assert {file[f"blocks.1.tiny_{matrix}.weight"].name for matrix in "qkv"} == {name}
+    assert target.read_bytes() == expected.read_bytes()
+
+
 @pytest.mark.parametrize("plain", quants.PLAIN)
 @pytest.mark.parametrize(("version", "name"), quants.LAYOUTS)
 def test_bytes_with_a_head_are_the_references(tmp_path, tensors, plain, version, name):

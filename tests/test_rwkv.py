@@ -715,3 +715,28 @@ def test_tokenizer_that_does_not_fit(bytes_path):
         pytest.raises(ValueError, match="300"),
     ):
         model.generate("a")
+
+
+# ---- RWKV-4a ----
+
+
+def test_a_model_with_tiny_attention(tmp_path):
+    """Its state in every hand that a state goes through: branches, files, the prefix cache."""
+    path = tmp_path / "4a.bin"
+    write_model(path, random_model(2, n_embed=32, n_layer=2, n_tiny=6, tiny_layer=1), "Q5_1")
+    cache = PrefixCache(folder=tmp_path / "cache")
+    with RWKV(path, n_threads=1, prefix_cache=cache) as model, RWKVModel(None, path, 1) as low:
+        assert model.n_state == (2 * 5 + 6) * 32
+        tokens, _, values = by_hand(low, b"Once upon", 20, Sampling(seed=1))
+        written = model.generate("Once upon", seed=1, max_tokens=20)
+        assert written.tokens == tokens
+        assert written.state.values.tobytes() == values.tobytes()
+
+        state = model.read("Once")
+        assert np.any(state.tiny)
+        state.save(tmp_path / "state")
+        again = State.load(tmp_path / "state", model)
+        assert model.generate(" upon", state=again, seed=1, max_tokens=20).tokens == tokens
+        assert model.generate("Once upon", seed=1, max_tokens=20).tokens == tokens
+    with RWKV(path, n_threads=1, prefix_cache=PrefixCache(folder=tmp_path / "cache")) as model:
+        assert model.generate("Once upon", seed=1, max_tokens=20).tokens == tokens

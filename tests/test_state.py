@@ -26,6 +26,7 @@ FINGERPRINT = Fingerprint.known(FAMILY, EXACT)
 class Model:
     n_vocab: int = 6
     n_layer: int = 2
+    n_embed: int = 4
     n_state: int = 40
     fingerprint: Fingerprint = FINGERPRINT
     arithmetic: str = "A16"
@@ -183,8 +184,8 @@ def test_a_state_of_unknown_origin():
     ("change", "match"),
     [
         ({"fingerprint": Fingerprint.known(OTHER, OTHER)}, f"family {FAMILY}.* family {OTHER}"),
-        ({"n_layer": 4}, "2 layers and 40 values, this model has 4 layers and 40 values"),
-        ({"n_state": 80}, "40 values, this model has 2 layers and 80 values"),
+        ({"n_layer": 4}, "2 layers of 4 and 40 values, this model has 4 layers of 4 and 40 "),
+        ({"n_state": 80}, "40 values, this model has 2 layers of 4 and 80 values"),
         ({"n_vocab": 7}, "of 6 tokens, this model has 7"),
         ({"n_vocab": 5}, "of 6 tokens, this model has 5"),
     ],
@@ -407,3 +408,69 @@ def test_a_loaded_state_goes_on_with_the_same_bits(tmp_path):
         model.eval_sequence([4, 5], state.values, state.values, state.logits)
     assert state.logits.tobytes() == whole.tobytes()
     assert state.fingerprint == fingerprint
+
+
+# ---- RWKV-4a ----
+
+
+def make_4a_state(**options) -> State:
+    """Of two layers and a tiny attention of three."""
+    values = np.random.default_rng(1).normal(size=(2 * 5 + 3) * 4).astype(np.float32)
+    return State(values, tokens=[3, 5], n_layer=2, n_embed=4, fingerprint=FINGERPRINT, **options)
+
+
+def test_parts_of_a_state():
+    state = make_4a_state()
+    assert (state.layers.shape, state.tiny.shape) == ((2, 5, 4), (3, 4))
+    assert np.array_equal(np.concatenate([state.layers.ravel(), state.tiny.ravel()]), state.values)
+    assert np.shares_memory(state.layers, state.values)
+    assert np.shares_memory(state.tiny, state.values)
+    assert make_state().tiny.shape == (0, 4)
+    for size in 36, 41, 0:
+        with pytest.raises(ValueError, match=f"values are {size}, expected 2 layers x 5 x 4, and"):
+            State(np.zeros(size, np.float32), n_layer=2, n_embed=4)
+
+
+@pytest.mark.parametrize("duplicate", [State.copy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_copies_have_the_tiny_attention(duplicate):
+    state = make_4a_state(arithmetic="A16")
+    assert same(duplicate(state), state)
+    assert duplicate(state).n_embed == 4
+
+
+def test_a_file_has_the_tiny_attention(tmp_path):
+    state = make_4a_state(arithmetic="A16")
+    state.save(tmp_path / "state")
+    assert same(State.load(tmp_path / "state", Model(n_state=52)), state)
+    half = State.from_bytes(state.to_bytes("float16"))
+    assert np.array_equal(half.tiny, state.tiny.astype(np.float16).astype(np.float32))
+    for model in Model(), Model(n_state=56):
+        with pytest.raises(ForeignState, match="2 layers of 4 and 52 values, this model has 2"):
+            State.load(tmp_path / "state", model)
+    with pytest.raises(ForeignState, match="and 40 values, this model has 2 layers of 4 and 52"):
+        make_state().for_model(Model(n_state=52))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"arrays": {"tiny": None}}, "missing or unknown arrays: tiny"),
+        ({"metadata": {"arch": "rwkv4"}}, "missing or unknown arrays: tiny"),
+        ({"arrays": {"tiny": ("F32", np.ones((3, 5)))}}, r"tiny: float32 of shape \(3, 5\)"),
+        ({"arrays": {"tiny": ("F32", np.ones(12))}}, r"tiny: float32 of shape \(12,\)"),
+        ({"arrays": {"tiny": ("F32", np.full((3, 4), np.inf))}}, "tiny: .* finite"),
+    ],
+)
+def test_files_of_4a_that_are_refused(change, match):
+    with pytest.raises(ValueError, match=match):
+        State.from_bytes(changed(make_4a_state(), **change))
+
+
+def test_a_tuned_start_has_no_tiny_attention_yet():
+    tuned = State(np.ones(40, np.float32), n_layer=2)
+    start = tuned.for_model(Model(n_state=52))
+    assert np.array_equal(start.values, np.pad(tuned.values, (0, 12)))
+    assert tuned.values.size == 40
+    for read in State(np.ones(40, np.float32), tokens=[1], n_layer=2), make_state():
+        with pytest.raises(ForeignState, match="40 values, this model has 2 layers of 4 and 52"):
+            read.for_model(Model(n_state=52))

@@ -135,7 +135,13 @@ BLOCK = {"blocks.0.att.time_state": np.zeros((4, 2)), "blocks.0.ffn.time_state":
     [
         ("GPTQ", [], {}, r"unknown layout 'GPTQ' \(choose from rwkv.cpp"),
         ("rwkv.cpp", np.zeros(60), {}, "give n_layer"),
-        ("rwkv.cpp", np.zeros(61), {"n_layer": 3}, r"3 layers x 5 x n_embed, got shape \(61,\)"),
+        (
+            "rwkv.cpp",
+            np.zeros(61),
+            {"n_layer": 3},
+            "values are 61, expected a multiple of 3 layers x 5",
+        ),
+        ("rwkv.cpp", np.zeros((5, 3)), {"n_layer": 3}, r"one dimension, got shape \(5, 3\)"),
         ("rwkv.cpp", np.zeros(60, int), {"n_layer": 3}, "array of floats, not ndarray"),
         ("rwkv.cpp", np.full(60, np.nan), {"n_layer": 3}, "NaN or infinities"),
         ("rwkv.cpp", np.full(60, 1e39), {"n_layer": 3}, "NaN or infinities"),
@@ -162,3 +168,17 @@ BLOCK = {"blocks.0.att.time_state": np.zeros((4, 2)), "blocks.0.ffn.time_state":
 def test_what_does_not_fit(layout, arrays, options, match):
     with pytest.raises((ValueError, TypeError), match=match):
         State.from_layout(layout, arrays, **options)
+
+
+def test_tiny_attention_of_rwkv_4a(state):
+    values = np.concatenate([state.values, np.arange(2 * N_EMBED, dtype=np.float32)])
+    whole = State(values, n_layer=N_LAYER, n_embed=N_EMBED)
+    flat = whole.export("rwkv.cpp")
+    assert np.array_equal(flat, values)
+    assert not np.shares_memory(flat, whole.values)
+    again = State.from_layout("rwkv.cpp", flat, n_layer=N_LAYER, n_embed=N_EMBED)
+    assert again == whole
+    assert again.tiny.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    for layout in LAYOUTS.keys() - {"rwkv.cpp"}:
+        with pytest.raises(ValueError, match=f"{layout} has no place for the tiny attention"):
+            whole.export(layout)

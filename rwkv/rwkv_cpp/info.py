@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .ggmf import Header, read_index
+from .ggmf import Header, Record, read_index
 from .library import Memory, RWKVSharedLibrary, load_rwkv_shared_library
 from .load_options import load_options, model_option
 from .model import EMBEDDED_MODEL
@@ -19,11 +19,15 @@ from .registry import PILE, SIZES
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """types: format -> (tensors, bytes in the file), the largest first."""
+    """types: format -> (tensors, bytes in the file), the largest first.
+
+    arch: "RWKV-4", or what the model has beside that.
+    """
 
     header: Header
     types: dict[str, tuple[int, int]]
     n_weights: int
+    arch: str
     memory: Memory
 
 
@@ -45,7 +49,15 @@ def inspect(path: Path, library: RWKVSharedLibrary | None = None, **options: Any
         rows = record.shape[0] if len(record.shape) == 2 else 1
         n_weights += rows * record.shape[-1]
     types = {name: (tensors[name], size) for name, size in n_bytes.most_common()}
-    return ModelInfo(header, types, n_weights, memory)
+    return ModelInfo(header, types, n_weights, _arch(records), memory)
+
+
+def _arch(records: list[Record]) -> str:
+    for record in records:
+        if record.key.endswith(".tiny_q.weight"):
+            layer = record.key.split(".")[1]
+            return f"RWKV-4a, a tiny attention of {record.shape[0]} after layer {layer}"
+    return "RWKV-4"
 
 
 def sizes(library: RWKVSharedLibrary | None = None, **options: Any) -> dict[str, dict[str, Memory]]:
@@ -96,6 +108,7 @@ def _print_model(path: Path, model: ModelInfo) -> None:
     _print_rows(
         {
             "model": str(path),
+            "arch": model.arch,
             "file": f"{memory.file:,} bytes, version {header.version}",
             "sizes": f"n_vocab {header.n_vocab}, n_embed {header.n_embed}, "
             f"n_layer {header.n_layer}: {model.n_weights:,} weights",

@@ -134,6 +134,7 @@ def advanced(
         logits,
         start.tokens + array("I", tokens),
         n_layer=start.n_layer,
+        n_embed=start.n_embed,
         n_generated=n_generated,
         fingerprint=start.fingerprint,
         arithmetic=start.arithmetic,

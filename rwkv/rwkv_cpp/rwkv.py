@@ -426,7 +426,11 @@ class RWKV:
         with self._contexts.one() as model:
             values = model.init_state()
         return State(
-            values, n_layer=self.n_layer, fingerprint=self.fingerprint, arithmetic=self.arithmetic
+            values,
+            n_layer=self.n_layer,
+            n_embed=self.n_embed,
+            fingerprint=self.fingerprint,
+            arithmetic=self.arithmetic,
         )
 
     def _tokens(self, text: Text, name: str) -> list[int]:

