@@ -36,7 +36,7 @@ FLOORS = [
     {"archive", "atomic", "choosing", "library", "philox", "pickles", "weights"},
     {"formats", "ggmf", "model", "tokenizer"},
     {"checkpoint", "fingerprint", "grammar", "scoring", "texts"},
-    {"sampling", "state_layouts", "token_data"},
+    {"export", "sampling", "state_layouts", "token_data"},
     {"sampling_options", "state", "styles"},
     {"prefix_cache"},
     {"convert", "merge_lora", "prepare_data", "quantize", "rescale", "upgrade"},

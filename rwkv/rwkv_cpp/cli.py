@@ -25,7 +25,7 @@ COMMANDS = {
     "generate": (".generate", "Continue a text, token by token."),
     "chat": (".chat", "Chat with a model."),
     "pull": (".pull", "Download a model, convert it and keep it for all commands."),
-    "convert": (".convert", "Convert a checkpoint of RWKV-4 or 4a to a model file."),
+    "convert": (".convert", "Convert a checkpoint of RWKV-4 or 4a to a model file, or back."),
     "quantize": (".quantize", "Write a quantized copy of a model."),
     "rescale": (".rescale", "Level the outliers of a model, before it is quantized."),
     "importance": (".importance", "Measure which weights of a model matter, for quantizing."),
