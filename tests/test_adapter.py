@@ -12,7 +12,14 @@ from reference.quants import Tensor
 from rwkv_cpp import RWKVModel, RWKVSequence
 from test_bits import FORMATS, LEVELS, N_VOCAB, QUANTIZED, TOKENS, assert_same_bits, evaluate
 
-SIZES = {"n_vocab": N_VOCAB, "n_embed": 64, "n_layer": 2, "n_ffn": 160}
+SIZES = {
+    "n_vocab": N_VOCAB,
+    "n_embed": 64,
+    "n_layer": 2,
+    "n_ffn": 160,
+    "n_tiny": 20,
+    "tiny_layer": 1,
+}
 MODEL = random_model(5, **SIZES)
 MATRICES = [name for name, values in MODEL.items() if values.ndim == 2 and name != "emb.weight"]
 RANKS = (1, 4, 16, 19)
