@@ -246,6 +246,7 @@ class Trainer:
         """Held-out loss of the averaged weights, in float32."""
         settings = self.settings
         rows = max(settings.batch // settings.accumulate, 1)
+        pieces = max(min(pieces, self.held_out.tokens.size // (settings.sequence + 1)), 1)
         loss = held_out_loss(
             self.averaged, self.held_out, settings.sequence, rows=rows, pieces=pieces
         )
