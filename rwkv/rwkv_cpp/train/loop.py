@@ -153,8 +153,9 @@ class Trainer:
         self.text_hash = hash_of(data.tokens, data.documents)
         train, self.held_out = split(data, HELD_OUT)
         shape = (settings.batch, settings.sequence, settings.seed)
-        if settings.carry:
-            self.batches: Windows | Streams = Streams(train, *shape, settings.carry)
+        # A state is learned where documents begin; each window of a long one counts as one.
+        if n_windows := 1 if settings.tune_state else settings.carry:
+            self.batches: Windows | Streams = Streams(train, *shape, n_windows)
         else:
             self.batches = Windows(train, *shape)
         if self.held_out.tokens.size < 2:
