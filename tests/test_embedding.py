@@ -43,7 +43,8 @@ def expected(path, texts):
     with RWKVModel(None, path, 1) as model:
         for text in texts:
             _, state = model.eval_sequence(text.encode() or b"\n", None)
-            ffn_xx, att_xx, aa, bb, _ = state.reshape(N_LAYER, 5, N_EMBED).transpose(1, 0, 2)
+            parts = state[: N_LAYER * 5 * N_EMBED].reshape(N_LAYER, 5, N_EMBED)
+            ffn_xx, att_xx, aa, bb, _ = parts.transpose(1, 0, 2)
             rows.append(np.stack([att_xx, ffn_xx, aa / bb], axis=1))
     return np.array(rows)
 
@@ -120,9 +121,9 @@ def states_of(n_layer, n_embed, extra=0):
 
 def test_what_follows_the_layers_is_left_out():
     """RWKV-4a remembers a matrix after its layers."""
-    values, evaluate = states_of(2, 4, extra=2 * 5 * 4)
-    empty = State(values, n_layer=2)
-    ((places, vectors),) = read_vectors(evaluate, empty, 4, [[1], [2]])
+    values, evaluate = states_of(2, 4, extra=3 * 4)
+    empty = State(values, n_layer=2, n_embed=4)
+    ((places, vectors),) = read_vectors(evaluate, empty, [[1], [2]])
     assert sorted(places) == [0, 1]
     parts = values[:40].reshape(2, 5, 4)
     assert vectors[0].tolist() == vectors[1].tolist()
@@ -137,7 +138,17 @@ def test_states_that_are_not_finite(wrong):
     empty = State(values.copy(), n_layer=2)
     values[13] = wrong
     with pytest.raises(RWKVError, match="NaN or infinity"):
-        list(read_vectors(evaluate, empty, 4, [[1]]))
+        list(read_vectors(evaluate, empty, [[1]]))
+
+
+def test_a_model_with_tiny_attention(tmp_path):
+    tensors = random_model(2, n_embed=N_EMBED, n_layer=N_LAYER, n_tiny=7, tiny_layer=1)
+    write_model(tmp_path / "4a.bin", tensors)
+    with RWKV(tmp_path / "4a.bin", n_threads=1) as model:
+        assert model.n_state == (N_LAYER * 5 + 7) * N_EMBED
+        found = model.embed(TEXTS[:6])
+        model.embed("a", normalizer=model.fit_normalizer(TEXTS))
+    assert found.tobytes() == expected(tmp_path / "4a.bin", TEXTS[:6]).tobytes()
 
 
 # ---- normalizers ----

@@ -141,7 +141,6 @@ class Selection:
 def read_vectors(
     evaluate: Evaluate,
     empty: State,
-    n_embed: int,
     texts: Sequence[Sequence[int]],
     progress: Progress | None = None,
 ) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -163,15 +162,13 @@ def read_vectors(
         batch = [texts[place] for place in places]
         readings = read(evaluate, [empty] * len(batch), batch, chunk=_CHUNK, progress=report)
         states = [reading.state() for reading in readings]
-        yield places, np.stack([_vectors(state, n_embed) for state in states])
+        yield places, np.stack([_vectors(state) for state in states])
         before += sum(map(len, batch))
 
 
-def _vectors(state: State, n_embed: int) -> np.ndarray:
+def _vectors(state: State) -> np.ndarray:
     """(n_layer, len(PARTS), n_embed)"""
-    # What some architectures remember beside this comes after it.
-    size = state.n_layer * len(STATE_PARTS) * n_embed
-    parts = state.values[:size].reshape(state.n_layer, len(STATE_PARTS), n_embed)
+    parts = state.layers
     if not np.isfinite(parts).all():
         raise RWKVError("the state holds NaN or infinity: is the model damaged?")
     found = {name: parts[:, i] for i, name in enumerate(STATE_PARTS)}

@@ -257,7 +257,7 @@ class RWKV:
     def _vectors(
         self, texts: list[list[int]], progress: Progress | None
     ) -> Iterator[tuple[list[int], np.ndarray]]:
-        return read_vectors(self._evaluate, self._empty, self.n_embed, texts, progress)
+        return read_vectors(self._evaluate, self._empty, texts, progress)
 
     # ---- Writing ---------------------------------------------------------------------------------
 
