@@ -12,7 +12,8 @@ from commands import CONSOLE, environment, rwkv
 from models import random_model, read_model, write_model
 from reference import quants
 from rwkv_cpp import RWKVFileError, RWKVModel
-from rwkv_cpp.quantize import quantize_file
+from rwkv_cpp.importance import collect, write_importances
+from rwkv_cpp.quantize import METHODS, quantize_file
 
 NAMES = [name for name in quants.TYPE_IDS if name not in quants.PLAIN]
 NEWEST = {name: 101 if (101, name) in quants.LAYOUTS else 100 for name in NAMES}
@@ -178,6 +179,86 @@ def test_command(tmp_path, source):
     assert done.stderr.count("\n") == 1
     help_text = " ".join(rwkv("quantize", "--help").stdout.split())
     assert ", ".join(NAMES[:-1]) + f" or {NAMES[-1]}" in help_text
+
+
+# ---- methods and types; what C makes of them is tested in test_quantize_search.py ----
+
+
+@pytest.fixture
+def importances(tmp_path, source):
+    path = tmp_path / "importances.bin"
+    with RWKVModel(None, source, 1) as model:
+        write_importances(path, model, collect(model, [range(50)]))
+    return path
+
+
+def squared_error(path, tensors, columns=1.0):
+    found = read_model(path)["blocks.0.ffn.value.weight"].values()
+    return float((columns * (found - tensors["blocks.0.ffn.value.weight"]) ** 2).sum())
+
+
+def test_methods(tmp_path, source, tensors, importances):
+    columns = read_model(importances)["blocks.0.ffn.value.weight"].values()
+    paths = {}
+    for method in (None, *METHODS):
+        paths[method] = tmp_path / f"{method}.bin"
+        given = importances if method in (None, "importance") else None
+        quantize_file(source, paths[method], "Q4_0", method=method, importances=given)
+    rtn, mse, importance = (paths[method] for method in METHODS)
+    assert paths[None].read_bytes() == importance.read_bytes()  # where they are given
+    assert squared_error(mse, tensors) < squared_error(rtn, tensors)
+    assert squared_error(importance, tensors, columns) < squared_error(mse, tensors, columns)
+
+
+def test_types_in_any_case_and_by_number(tmp_path, source):
+    target = tmp_path / "target.bin"
+    quantize_file(source, target, "Q4_0", types="blocks.1=q8_0, ffn.value=8,emb=fp16")
+    found = {key: tensor.name for key, tensor in read_model(target).items()}
+    for key, name in {
+        "emb": "FP16",
+        "blocks.0.att.key": "Q4_0",
+        "blocks.0.ffn.value": "Q5_1",
+        "blocks.1.att.key": "Q8_0",
+        "blocks.1.ffn.value": "Q5_1",
+        "head": "FP32",
+    }.items():
+        assert found[f"{key}.weight"] == name
+
+
+def test_command_with_methods_and_types(tmp_path, source, importances):
+    target, expected = tmp_path / "target.bin", tmp_path / "expected.bin"
+    options = {"types": "att=Q5_0", "head": "Q8_0"}
+    arguments = ["--types", "att=q5_0", "--head", "q8_0"]
+    done = rwkv("quantize", source, target, "Q4_1", "--importances", importances, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    quantize_file(source, expected, "Q4_1", importances=importances, **options)
+    assert target.read_bytes() == expected.read_bytes()
+    assert rwkv("quantize", source, target, "Q4_1", "--method", "mse").returncode == 0
+    quantize_file(source, expected, "Q4_1", method="mse")
+    assert target.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "importance"], "method importance needs importances"),
+        (["--method", "mse", "--importances", "{importances}"], "but method is mse"),
+        (["--importances", "{source}"], "is no FP32 vector, as importances are"),
+        (["--importances", "missing.bin"], "missing.bin"),
+        (["--types", "ffn.values=Q5_1"], "'ffn.values' matches no tensor"),
+        (["--types", "ffn.value"], "'ffn.value' is not PATTERN=FORMAT"),
+        (["--types", "ffn.value=Q9"], "unknown format 'Q9'"),
+        (["--types", "ffn.value=Q4_2"], "version 101 have no Q4_2"),
+    ],
+)
+def test_methods_and_types_that_cannot_be(tmp_path, source, importances, arguments, message):
+    target = tmp_path / "target.bin"
+    words = [word.format(importances=importances, source=source) for word in arguments]
+    done = rwkv("quantize", source, target, "Q4_0", *words)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not target.exists()
 
 
 @pytest.mark.slow

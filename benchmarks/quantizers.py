@@ -1,0 +1,137 @@
+"""Judge the quantizers on a model and on the same model with outliers, as large ones have them:
+
+python benchmarks/quantizers.py model.bin training.txt held-out.txt
+
+Importances are measured on the first 20,000 tokens of the training text, divergence and loss on the
+first 10,000 of the held-out one. Prints the tables of docs/quantization.md.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from rwkv_cpp import RWKVModel, RWKVSequence, load_rwkv_shared_library, load_tokenizer
+from rwkv_cpp.ggmf import FP32, Header, Writer, read_index, read_tensor
+from rwkv_cpp.importance import collect, write_importances
+from rwkv_cpp.quantize import file_formats, quantize_file
+from rwkv_cpp.rescale import rescale
+from rwkv_cpp.scoring import Mean, compare_logits, independent_blocks, mean
+from rwkv_cpp.target_size import quantize_to_size
+from rwkv_cpp.texts import read_text
+
+CALIBRATION, HELD_OUT = 20_000, 10_000
+OUTLIERS = 0.01  # the share of the rows of ffn.key that become
+FACTORS = (8, 16, 32)  # times as long: powers of two, so that the function stays to the bit
+METHODS = ("rtn", "mse", "importance")
+
+
+def write_outliers(source: Path, target: Path) -> None:
+    """Scale some rows of ffn.key up and the columns of ffn.value down by the square."""
+    header, records = read_index(source)
+    random = np.random.default_rng(0)
+    scales: dict[str, np.ndarray] = {}
+    for record in records:
+        if record.key.endswith(".ffn.key.weight"):
+            n = record.shape[0]
+            scale = np.ones(n, np.float32)
+            chosen = random.choice(n, max(round(OUTLIERS * n), 1), replace=False)
+            scale[chosen] = random.choice(FACTORS, len(chosen))
+            scales[record.key.removesuffix("key.weight")] = scale
+    sizes = header.n_vocab, header.n_embed, header.n_layer
+    with Writer(target, Header(101, *sizes, FP32)) as writer:
+        for record in records:
+            array = read_tensor(source, record).astype(np.float32)
+            if record.key.endswith(".ffn.key.weight"):
+                array *= scales[record.key.removesuffix("key.weight")][:, None]
+            elif record.key.endswith(".ffn.value.weight"):
+                array /= scales[record.key.removesuffix("value.weight")] ** 2
+            writer.write(record.key, FP32, array)
+
+
+class Judge:
+    """A model on a text, which other files are compared with."""
+
+    def __init__(self, path: Path, tokens: Sequence[int]) -> None:
+        self._tokens = tokens
+        self._base = self._logits(path)
+
+    def _logits(self, path: Path) -> np.ndarray:
+        with RWKVModel(None, path) as model:
+            sequence = RWKVSequence(self._tokens, n_logits=len(self._tokens))
+            return model.eval_batch([sequence])[0].logits[:-1]
+
+    def compare(self, path: Path) -> tuple[Mean, Mean]:
+        """The KL divergence and the change of the loss, in nats per token."""
+        targets = np.asarray(self._tokens[1:], np.intp)
+        found = compare_logits(self._logits(path), self._base, targets)
+        blocks = independent_blocks(np.zeros(len(targets), np.intp))
+        return mean(found.divergence, blocks), mean(found.loss - found.base_loss, blocks)
+
+
+def judge_version(folder: Path, model: Path, training: Sequence[int], judge: Judge) -> None:
+    """Print the tables of one version of a model."""
+    level = folder / "level.bin"
+    rescale(model, level)
+    importances = {}
+    for path in (model, level):
+        importances[path] = path.with_suffix(".importances")
+        with RWKVModel(None, path) as loaded:
+            write_importances(importances[path], loaded, collect(loaded, [training]))
+    columns = {
+        f"{method}{', rescaled' if path == level else ''}": (path, method)
+        for path in (model, level)
+        for method in METHODS
+    }
+    target = folder / "quantized.bin"
+    rows = []
+    library = load_rwkv_shared_library()
+    for name in (name for name in file_formats(library) if name not in ("FP32", "FP16")):
+        cells = []
+        for path, method in columns.values():
+            given = importances[path] if method == "importance" else None
+            quantize_file(path, target, name, method=method, importances=given)
+            cells.append(judge.compare(target))
+        rows.append((name, target.stat().st_size, cells))
+    show("KL divergence", columns, rows, lambda cell: f"{cell[0].value:.5f}")
+    show("change of the loss", columns, rows, lambda cell: f"{cell[1].value:+.5f}")
+    kl, loss = np.array([[[m.error for m in cell] for cell in cells] for *_, cells in rows]).T.max(
+        axis=(1, 2)
+    )
+    print(f"± at most {kl:.5f} (divergence) and {loss:.5f} (loss), one standard error.\n")
+    print("| bytes of | bytes | mix, KL divergence | change of the loss |\n|---|---:|---:|---:|")
+    for name, size, _ in rows:
+        mix = quantize_to_size(model, target, size)
+        found, change = judge.compare(target)
+        print(f"| {name} | {mix.measured.n_bytes:,} | {found.value:.5f} | {change.value:+.5f} |")
+    print()
+
+
+def show(
+    what: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, int, list[tuple[Mean, Mean]]]],
+    cell_text: Callable[[tuple[Mean, Mean]], str],
+) -> None:
+    print(f"| {what} | bytes | {' | '.join(columns)} |\n|---|---:|{'---:|' * len(columns)}")
+    for name, size, cells in rows:
+        print(f"| {name} | {size:,} | {' | '.join(map(cell_text, cells))} |")
+    print(flush=True)
+
+
+def main(model: Path, training: Path, held_out: Path) -> None:
+    header, _ = read_index(model)
+    tokenizer = load_tokenizer(header.n_vocab, None, model)
+    calibration, test = (tokenizer.encode(read_text(path)) for path in (training, held_out))
+    judge = Judge(model, test[:HELD_OUT])
+    with tempfile.TemporaryDirectory(prefix="rwkv-") as name:
+        outliers = Path(name, "outliers.bin")
+        write_outliers(model, outliers)
+        for title, path in (("as it is", model), ("with outliers", outliers)):
+            print(f"### {model.stem}, {title}\n")
+            judge_version(Path(name), path, calibration[:CALIBRATION], judge)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
