@@ -63,6 +63,7 @@ ONLY_IN = {
     "tokenizers": {"tokenizer"},
     "huggingface_hub": {"download", "tokenizer"},
     "llguidance": {"grammar"},
+    "lm_eval": {"compat"},
     "pickle": set(),
 }
 

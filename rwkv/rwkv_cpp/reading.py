@@ -28,10 +28,12 @@ Evaluate = Callable[[list[RWKVSequence]], list[RWKVResult]]
 
 @dataclass(frozen=True)
 class Score:
-    """How likely the model finds a text. logprobs: natural logarithms, of each of its tokens."""
+    """How likely the model finds a text. logprobs: natural logarithms, of each of its tokens.
+    greedy: whether each of them is the likeliest in its place."""
 
     tokens: list[int]
     logprobs: list[float]
+    greedy: bool
 
     @property
     def total(self) -> float:
@@ -40,18 +42,19 @@ class Score:
 
 @dataclass(frozen=True)
 class Choice:
-    """The likeliest of some texts. logprobs: of each of them, in their order."""
+    """The likeliest of some texts. logprobs, greedy (see Score): of each, in their order."""
 
     index: int
     text: str
     logprobs: list[float]
+    greedy: list[bool]
 
 
 class Reading:
     """A text on its way into a state.
 
     logprobs: of the tokens read so far, the natural logarithm of the probability that the model
-    gave each; empty unless they are wanted.
+    gave each; empty unless they are wanted. greedy: whether each of these was the likeliest.
     """
 
     def __init__(self, start: State, tokens: Sequence[int]) -> None:
@@ -61,6 +64,7 @@ class Reading:
         self._values: Any = start.values
         self._logits: Any = start.logits
         self.logprobs: list[float] = []
+        self.greedy = True
 
     @property
     def left(self) -> int:
@@ -75,8 +79,9 @@ class Reading:
         chunk = sequence.tokens
         if score:  # each token by the logits before it
             rows = [self._logits, *result.logits[:-1]]  # type: ignore[index]
-            pairs = zip(rows, chunk, strict=True)
+            pairs = [*zip(rows, chunk, strict=True)]
             logprobs = [float(log_softmax(row)[token]) for row, token in pairs]
+            self.greedy = self.greedy and all(row.argmax() == token for row, token in pairs)
             if not math.isfinite(sum(logprobs)):
                 raise NonFiniteLogits("logits hold NaN or infinity: is the model damaged?")
             self.logprobs += logprobs

@@ -187,7 +187,7 @@ class RWKV:
         at the beginning: after `first_token`.
         """
         (reading,), (tokens,) = self._score([text], context, state)
-        return Score(tokens, reading.logprobs)
+        return Score(tokens, reading.logprobs, reading.greedy)
 
     def choose(self, context: Text, choices: Sequence[str], state: State | None = None) -> Choice:
         """Which of the choices is likeliest to go on with. The context is read once.
@@ -201,7 +201,7 @@ class RWKV:
         readings, _ = self._score(choices, context, state)
         totals = [math.fsum(reading.logprobs) for reading in readings]
         best = max(range(len(totals)), key=totals.__getitem__)
-        return Choice(best, choices[best], totals)
+        return Choice(best, choices[best], totals, [reading.greedy for reading in readings])
 
     def _score(
         self, texts: Sequence[Text], context: Text, state: State | None
