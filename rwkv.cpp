@@ -10,7 +10,9 @@
 
 #include "rwkv.h"
 
+#include "adapter.h"
 #include "arch/rwkv4.h"
+#include "buffer.h"
 #include "file.h"
 #include "model_file.h"
 #include "quantize_file.h"
@@ -91,33 +93,6 @@ void check_tail(const void * given, size_t size, size_t known, const char * type
 
 // ==== The model ==================================================================================
 
-// Memory that is not initialised, at a multiple of 64 bytes.
-class Buffer {
-  public:
-    void allocate(uint64_t n, const char * what) {
-        data_.reset();
-        size_ = 0;
-        try {
-            if (n > std::numeric_limits<size_t>::max() / 2) throw std::bad_alloc();
-            data_.reset((uint8_t *)operator new((size_t)n, std::align_val_t{64}));
-        } catch (const std::bad_alloc &) {
-            fail(RWKV_ERROR_MODEL | RWKV_ERROR_ALLOC, "out of memory: %s needs %llu bytes", what,
-                 (unsigned long long)n);
-        }
-        size_ = n;
-        prefer_huge_pages(data_.get(), n);
-    }
-    uint8_t * data() const { return data_.get(); }
-    uint64_t size() const { return size_; }
-
-  private:
-    struct Free {
-        void operator()(uint8_t * p) const { operator delete(p, std::align_val_t{64}); }
-    };
-    std::unique_ptr<uint8_t, Free> data_;
-    uint64_t size_ = 0;
-};
-
 // A matrix that can be quantized.
 struct MatrixInfo {
     std::string name;
@@ -126,6 +101,7 @@ struct MatrixInfo {
 
 struct Model {
     Shape shape = {};
+    std::vector<Tensor> tensors;
     const ggml_kernels * kernels = nullptr;
     Weights weights;
     std::vector<MatrixInfo> matrices;
@@ -290,7 +266,7 @@ std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & o
     model->pool = create_pool();
 
     const InputFile file(path);
-    const Index index = read_model_index(file);
+    Index index = read_model_index(file);
     const Sizes sizes = sizes_of(index, options);
     model->shape = index.shape;
     model->bf16 = find_activations(options.activations).bf16;
@@ -301,13 +277,14 @@ std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & o
     const Team team(model->pool, n_threads);
     const Progress progress = {options.progress, options.progress_user, file.size()};
     uint8_t * next = model->arena.data();
-    for (const Tensor & tensor : index.tensors) {
+    for (size_t number = 0; number < index.tensors.size(); number++) {
+        const Tensor & tensor = index.tensors[number];
         if (!is_needed(tensor)) continue;
         const ggml_type type = memory_type(index, tensor, options);
         const uint64_t size = private_size(tensor, type, options.mmap);
         const uint8_t * data = size > 0 ? next : model->mapping.data() + tensor.offset;
         Weight & weight = weight_of(model->weights, tensor);
-        weight = {{type, tensor.rows, tensor.cols, data, nullptr}, model->n_inputs};
+        weight = {{type, tensor.rows, tensor.cols, data, nullptr}, number, model->n_inputs};
         if (kind_of(tensor) == MATRIX || kind_of(tensor) == HEAD) {
             model->matrices.push_back({tensor.name, tensor.cols});
             model->n_inputs += tensor.cols;
@@ -329,6 +306,7 @@ std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & o
         }
         progress(tensor.offset + tensor.size);
     }
+    model->tensors = std::move(index.tensors);
     return model;
 }
 
@@ -370,6 +348,11 @@ class Turn {
 
 }  // namespace
 
+struct rwkv_adapter : Adapter {
+    std::weak_ptr<const Model> model;  // the only one that it fits
+    Buffer memory;
+};
+
 struct rwkv_context : Reporter {
     std::shared_ptr<const Model> model;
     unsigned n_threads;
@@ -402,8 +385,8 @@ rwkv_context * create_context(std::shared_ptr<const Model> model, unsigned n_thr
                               ggml_activations activations) {
     auto ctx = std::make_unique<rwkv_context>();
     const Shape & shape = model->shape;
-    ctx->scratch_memory.allocate(lay_out(ctx->scratch, shape, nullptr), "a context");
-    lay_out(ctx->scratch, shape, ctx->scratch_memory.data());
+    ctx->scratch_memory.allocate(lay_out(ctx->scratch, shape, 0, nullptr), "a context");
+    lay_out(ctx->scratch, shape, 0, ctx->scratch_memory.data());
     ctx->run_memory.allocate(run_memory_size(shape, 1, 1), "a context");
     ctx->model = std::move(model);
     ctx->n_threads = n_threads;
@@ -415,9 +398,8 @@ void check_sequence(const Model & model, const rwkv_sequence & s, size_t number)
     const std::string who = "sequence " + std::to_string(number);
     if (s.tokens == nullptr) fail(RWKV_ERROR_ARGS, "%s: tokens is NULL", who.c_str());
     if (s.n_tokens == 0) fail(RWKV_ERROR_ARGS, "%s: has no tokens", who.c_str());
-    if (s.adapter != nullptr) {
-        fail(RWKV_ERROR_ARGS | RWKV_ERROR_UNSUPPORTED, "%s: adapter is not offered yet, pass NULL",
-             who.c_str());
+    if (s.adapter != nullptr && s.adapter->model.lock().get() != &model) {
+        fail(RWKV_ERROR_ARGS, "%s: its adapter was made for another model", who.c_str());
     }
     if (s.n_logits > s.n_tokens) {
         fail(RWKV_ERROR_ARGS, "%s: n_logits is %zu, but it has %zu tokens only", who.c_str(),
@@ -467,18 +449,29 @@ void check_overlaps(rwkv_context & ctx) {
     }
 }
 
+// Lets a context evaluate adapters of this rank.
+void make_room(rwkv_context & ctx, size_t rank) {
+    const Shape & shape = ctx.model->shape;
+    if (rank <= ctx.scratch.rank) return;
+    Scratch scratch;
+    Buffer memory;
+    memory.allocate(lay_out(scratch, shape, rank, nullptr), "a context for adapters");
+    lay_out(scratch, shape, rank, memory.data());
+    ctx.scratch = scratch;
+    ctx.scratch_memory = std::move(memory);
+}
+
 // Checks the sequences and gives each its state and its place for hidden rows. Rows that become
-// logits come first, in the order of the sequences. Returns how many those are. squares: as for
-// rwkv_eval_importances, or NULL.
-size_t start_runs(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_sequences,
-                  size_t sizeof_sequence, const double * squares) {
+// logits come first, in the order of the sequences. squares: as for rwkv_eval_importances, or NULL.
+void start_runs(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_sequences,
+                size_t sizeof_sequence, const double * squares) {
     const Shape & shape = ctx.model->shape;
     ctx.runs.clear();
     ctx.spans.clear();
     add_span(ctx.spans, squares, ctx.model->n_inputs, sizeof *squares, true);
     check_size(sizeof_sequence, sizeof(rwkv_sequence), sizeof(rwkv_sequence), "rwkv_sequence");
     add_span(ctx.spans, sequences, n_sequences, sizeof_sequence, false);
-    size_t n_logits = 0, n_hidden = 0;
+    size_t n_logits = 0, n_hidden = 0, rank = 0;
     for (size_t i = 0; i < n_sequences; i++) {
         Run run = {};
         rwkv_sequence & s = run.sequence;
@@ -486,6 +479,8 @@ size_t start_runs(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_
         check_tail(given, sizeof_sequence, sizeof s, "rwkv_sequence");
         std::memcpy(&s, given, sizeof s);
         check_sequence(*ctx.model, s, i);
+        run.adapter = s.adapter;
+        if (run.adapter != nullptr) rank = std::max(rank, run.adapter->rank);
         if (s.logits_out == nullptr) s.n_logits = 0;
         run.n_hidden = s.n_logits > 0 ? s.n_logits : s.hidden_out != nullptr ? 1 : 0;
         n_logits += s.n_logits;
@@ -494,6 +489,7 @@ size_t start_runs(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_
     }
     check_overlaps(ctx);
 
+    make_room(ctx, rank);
     const uint64_t size = run_memory_size(shape, n_sequences, n_hidden);
     if (size > ctx.run_memory.size()) ctx.run_memory.allocate(size, "the batch");
     float * state = (float *)ctx.run_memory.data();
@@ -512,28 +508,34 @@ size_t start_runs(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_
                         state_length(shape) * sizeof(float));
         }
     }
-    return n_logits;
 }
 
-// Fills a chunk with the next tokens, sequence after sequence: `token` of runs[run] is the first.
-void next_chunk(Chunk & chunk, const std::vector<Run> & runs, size_t & run, size_t & token) {
-    chunk.n_rows = chunk.n_segments = 0;
-    while (run < runs.size() && chunk.n_rows < max_rows) {
-        const size_t left = runs[run].sequence.n_tokens - token;
-        const size_t first = chunk.n_rows, last = std::min(first + left, max_rows);
-        std::fill(chunk.segment_of + first, chunk.segment_of + last, (uint16_t)chunk.n_segments);
-        chunk.segments[chunk.n_segments++] = {&runs[run], first, last, token};
+// Fills a chunk with up to max_n of the next tokens, or rows of logits, sequence after sequence:
+// `count` is how many of them each has, `next` the first one of runs[run].
+void next_chunk(Chunk & chunk, const std::vector<Run> & runs, size_t rwkv_sequence::* count,
+                size_t max_n, size_t & run, size_t & next) {
+    chunk.n_rows = chunk.n_segments = chunk.rank = 0;
+    while (run < runs.size() && chunk.n_rows < max_n) {
+        const Run & from = runs[run];
+        const size_t left = from.sequence.*count - next;
+        const size_t first = chunk.n_rows, last = std::min(first + left, max_n);
+        if (first < last) {
+            std::fill(chunk.segment_of + first, chunk.segment_of + last,
+                      (uint16_t)chunk.n_segments);
+            chunk.segments[chunk.n_segments++] = {&from, first, last, next};
+            if (from.adapter != nullptr) chunk.rank = std::max(chunk.rank, from.adapter->rank);
+        }
         chunk.n_rows = last;
-        token += last - first;
-        if (token == runs[run].sequence.n_tokens) {
+        next += last - first;
+        if (next == from.sequence.*count) {
             run++;
-            token = 0;
+            next = 0;
         }
     }
 }
 
 // Copies states and hidden vectors out and computes logits: nothing here fails.
-void write_results(const rwkv_context & ctx, const Pass & pass, size_t n_logits) {
+void write_results(rwkv_context & ctx, const Pass & pass) {
     const Shape & shape = ctx.model->shape;
     const auto write = [](float * to, const float * from, size_t n) {  // to: may be misaligned
         if (to != nullptr) std::memcpy((char *)to, from, n * sizeof(float));
@@ -545,15 +547,15 @@ void write_results(const rwkv_context & ctx, const Pass & pass, size_t n_logits)
               shape.n_embed);
     }
     float * hidden = (float *)ctx.run_memory.data() + ctx.runs.size() * state_length(shape);
-    const Run * run = ctx.runs.data();
-    size_t row = 0;  // of the logits of *run
-    for (size_t first = 0; first < n_logits; first += max_logit_rows) {
-        const size_t rows = std::min(max_logit_rows, n_logits - first);
-        evaluate_head(pass, hidden + first * shape.n_embed, rows);
-        for (size_t t = 0; t < rows; t++, row++) {
-            for (; row == run->sequence.n_logits; run++) row = 0;
-            write(run->sequence.logits_out + row * shape.n_vocab, ctx.scratch.logits[t],
-                  shape.n_vocab);
+    const Chunk & chunk = ctx.chunk;
+    for (size_t run = 0, row = 0; run < ctx.runs.size(); hidden += chunk.n_rows * shape.n_embed) {
+        next_chunk(ctx.chunk, ctx.runs, &rwkv_sequence::n_logits, max_logit_rows, run, row);
+        if (chunk.n_rows > 0) evaluate_head(pass, hidden);
+        for (size_t i = 0; i < chunk.n_segments; i++) {
+            const Segment & segment = chunk.segments[i];
+            write(segment.run->sequence.logits_out + segment.token * shape.n_vocab,
+                  ctx.scratch.logits[segment.first],
+                  (segment.last - segment.first) * shape.n_vocab);
         }
     }
 }
@@ -561,7 +563,7 @@ void write_results(const rwkv_context & ctx, const Pass & pass, size_t n_logits)
 void evaluate(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_sequences,
               size_t sizeof_sequence, double * squares) {
     const Turn turn(ctx.phase);
-    const size_t n_logits = start_runs(ctx, sequences, n_sequences, sizeof_sequence, squares);
+    start_runs(ctx, sequences, n_sequences, sizeof_sequence, squares);
     const Team team(ctx.model->pool, ctx.n_threads, [&] { turn.check(); });
     const Model & model = *ctx.model;
     const size_t squares_size = squares == nullptr ? 0 : model.n_inputs * sizeof *squares;
@@ -572,7 +574,7 @@ void evaluate(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_sequ
                  ctx.scratch,    team,
                  ctx.chunk,      squares == nullptr ? nullptr : ctx.squares.data()};
     for (size_t run = 0, token = 0; run < ctx.runs.size();) {
-        next_chunk(ctx.chunk, ctx.runs, run, token);
+        next_chunk(ctx.chunk, ctx.runs, &rwkv_sequence::n_tokens, max_rows, run, token);
         embed(pass);
         for (size_t layer = 0; layer < model.shape.n_layer; layer++) {
             turn.check();
@@ -583,7 +585,7 @@ void evaluate(rwkv_context & ctx, const rwkv_sequence * sequences, size_t n_sequ
     turn.begin_writing();
     if (squares != nullptr) std::memcpy((void *)squares, ctx.squares.data(), squares_size);
     pass.squares = nullptr;  // they are complete: the head's inputs have been added already
-    write_results(ctx, pass, n_logits);
+    write_results(ctx, pass);
 }
 
 // ==== The C API ==================================================================================
@@ -647,7 +649,7 @@ void fill_memory(rwkv_memory * memory, const Index & index, const rwkv_load_opti
     result.file = index.size;
     result.mapped = sizes.mapped;
     result.weights = sizes.arena;
-    result.scratch = lay_out(scratch, index.shape, nullptr) + run_memory_size(index.shape, 1, 1);
+    result.scratch = lay_out(scratch, index.shape, 0, nullptr) + run_memory_size(index.shape, 1, 1);
     result.state = state_length(index.shape) * sizeof(float);
     result.token = sizes.token;
     give(memory, result, offsetof(rwkv_memory, token), "rwkv_memory");
@@ -732,6 +734,31 @@ bool rwkv_estimate_shape(size_t n_vocab, size_t n_embed, size_t n_layer, const c
                     checked_options(options));
         return true;
     });
+}
+
+rwkv_adapter * rwkv_create_adapter(rwkv_context * ctx, const rwkv_adapter_part * parts,
+                                   size_t n_parts, size_t sizeof_part) {
+    return guard(ctx, [&] {
+        need(ctx != nullptr, "ctx");
+        need(parts != nullptr || n_parts == 0, "parts");
+        check_size(sizeof_part, sizeof *parts, sizeof *parts, "rwkv_adapter_part");
+        std::vector<rwkv_adapter_part> known(n_parts);
+        for (size_t i = 0; i < n_parts; i++) {
+            const char * given = (const char *)parts + i * sizeof_part;
+            check_tail(given, sizeof_part, sizeof *parts, "rwkv_adapter_part");
+            std::memcpy(&known[i], given, sizeof *parts);
+        }
+        const Model & model = *ctx->model;
+        const Team alone(model.pool, 1);  // floats as they are defined
+        auto adapter = std::make_unique<rwkv_adapter>();
+        adapter->memory = build_adapter(model.tensors, known, *adapter);
+        adapter->model = ctx->model;
+        return adapter.release();
+    });
+}
+
+void rwkv_free_adapter(rwkv_adapter * adapter) {
+    delete adapter;
 }
 
 size_t rwkv_get_n_vocab(const rwkv_context * ctx) {

@@ -181,6 +181,32 @@ RWKV_API bool rwkv_estimate_shape(size_t n_vocab, size_t n_embed, size_t n_layer
                                   const struct rwkv_load_options * options,
                                   struct rwkv_memory * memory);
 
+/* ---- Adapters ------------------------------------------------------------------------------- */
+
+/* What an adapter changes in one tensor of a model. */
+struct rwkv_adapter_part {
+    const char * name;    /* as in the model's file: "blocks.0.att.key.weight" */
+    size_t rows, cols;    /* of the tensor, for a check; rows of a vector: 1 */
+    size_t rank;          /* of a matrix W, which becomes W + scale·B·A: 1 or more */
+    const float * a;      /* A, rank × cols */
+    const float * b;      /* B, rows × rank */
+    float scale;          /* of a LoRA: alpha / rank */
+    const float * values; /* of a vector: cols values in place of the model's, as its file has them
+                             (time_decay: -exp(w)); then rank is 0, a and b are NULL */
+};
+
+/* Makes what differs for some sequences of the model of ctx, a LoRA for example; W and B·A stay
+ * apart, whatever the format of W, and the embedding cannot change. Of several parts for one
+ * tensor, products add up and the last values count. The adapter serves all contexts of this model
+ * and is copied: the parts may go. It does not keep the model in memory. sizeof_part: sizeof(struct
+ * rwkv_adapter_part) as the caller has it. NULL on error. Since 1002. */
+RWKV_API struct rwkv_adapter * rwkv_create_adapter(struct rwkv_context * ctx,
+                                                   const struct rwkv_adapter_part * parts,
+                                                   size_t n_parts, size_t sizeof_part);
+
+/* Not while an evaluation uses it; NULL is fine. Since 1002. */
+RWKV_API void rwkv_free_adapter(struct rwkv_adapter * adapter);
+
 /* ---- Sizes ---------------------------------------------------------------------------------- */
 
 RWKV_API size_t rwkv_get_n_vocab(const struct rwkv_context * ctx);
@@ -228,7 +254,7 @@ struct rwkv_sequence {
     float * logits_out; /* n_logits rows of logits: the LAST n_logits tokens */
     size_t n_logits;    /* at most n_tokens */
     float * hidden_out; /* rwkv_get_n_embed(ctx) floats: what the head sees of the last token */
-    const struct rwkv_adapter * adapter; /* must be NULL: not offered yet */
+    const struct rwkv_adapter * adapter; /* NULL: the model as it is; since 1002 */
 };
 
 /* Evaluates sequences of any lengths together; each gets the bits that it would get alone. Outputs

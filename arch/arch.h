@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace rwkv {
 
@@ -18,9 +19,22 @@ inline uint64_t aligned(uint64_t n) {
 
 /* A tensor in memory. A vector is FP32 and is used as floats. */
 struct Weight : ggml_matrix {
+    size_t number;      /* of the tensor in its model */
     size_t first_input; /* of a matrix: where its columns begin among those of all matrices */
 
     operator const float *() const { return (const float *)data; }
+};
+
+/* What an adapter changes in a tensor: the values of a vector, or a product beside a matrix. */
+struct Change {
+    const float * values = nullptr;
+    ggml_low_rank product = {};
+};
+
+/* What is different for some sequences of a model. */
+struct Adapter {
+    std::vector<Change> changes; /* by the number of the tensor */
+    size_t rank = 0;             /* the largest of all products */
 };
 
 /* What a tensor is used for. */
@@ -41,6 +55,7 @@ struct Rows {
     size_t n = 0;
     uint8_t * act = nullptr;
     size_t act_size = 0;
+    float * narrow = nullptr; /* as A of adapters makes them of it, chunk.rank floats each */
 
     float * operator[](size_t t) const { return x + t * n; }
 };
@@ -48,7 +63,8 @@ struct Rows {
 /* One sequence on its way through an evaluation. */
 struct Run {
     rwkv_sequence sequence;
-    float * state;   /* in the context's memory, advanced chunk by chunk */
+    const Adapter * adapter; /* or NULL */
+    float * state;           /* in the context's memory, advanced chunk by chunk */
     float * hidden;  /* the head's inputs for the last tokens: for logits and hidden_out … */
     size_t n_hidden; /* … and for how many */
 };
@@ -62,6 +78,7 @@ struct Segment {
 
 struct Chunk {
     size_t n_rows = 0, n_segments = 0;
+    size_t rank = 0; /* the largest of its adapters */
     Segment segments[max_rows];
     uint16_t segment_of[max_rows]; /* by row */
 };

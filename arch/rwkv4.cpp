@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 #include <string>
 #include <utility>
 
@@ -285,8 +286,9 @@ void initial_state(const Shape & shape, float * state) {
     }
 }
 
-uint64_t lay_out(Scratch & s, const Shape & shape, uint8_t * base) {
+uint64_t lay_out(Scratch & s, const Shape & shape, size_t rank, uint8_t * base) {
     uint64_t used = 0;
+    s.rank = rank;
     const auto take = [&](uint64_t n) {
         uint8_t * p = base == nullptr ? nullptr : base + used;
         used += aligned(n);
@@ -297,6 +299,7 @@ uint64_t lay_out(Scratch & s, const Shape & shape, uint8_t * base) {
         r.x = (float *)take(count * (uint64_t)n * sizeof(float));
         r.act_size = input ? ggml_act_size(n) : 0;
         r.act = take(count * (uint64_t)r.act_size);
+        r.narrow = (float *)take(input ? count * (uint64_t)rank * sizeof(float) : 0);
     };
     for (Rows * r : {&s.xk, &s.xv, &s.xr, &s.y}) rows(*r, max_rows, shape.n_embed, true);
     for (Rows * r : {&s.x, &s.xx, &s.k, &s.v, &s.r}) rows(*r, max_rows, shape.n_embed, false);
@@ -338,23 +341,70 @@ struct Forward : Pass {
         ggml_make_act(&kernels, w.type, activations, in[t], first, last, in.act + t * in.act_size);
     }
 
-    // out = w·in, elements [first, last) of each row.
-    void multiply(const Weight & w, const Rows & in, const Rows & out, size_t first, size_t last,
-                  size_t n_rows) const {
-        const ggml_input input = {in.x, in.n, in.act, activations, n_rows};
-        if (squares != nullptr && first == 0) add_squares(w, in, n_rows);
-        ggml_multiply(&kernels, &w, &input, out.x, out.n, first, last);
+    // What the adapter of a segment changes in w.
+    const Change & change(const Segment & segment, const Weight & w) const {
+        static const Change none;
+        const Adapter * adapter = segment.run->adapter;
+        return adapter == nullptr ? none : adapter->changes[w.number];
     }
 
+    // A vector as the sequence of a segment has it.
+    const float * vector(const Segment & segment, const Weight & w) const {
+        const float * values = change(segment, w).values;
+        return values != nullptr ? values : w;
+    }
+
+    void layer_norm(size_t t, const Weight & w, const Weight & b, float * out) const {
+        const Segment & in = segment(t);
+        kernels.layer_norm(n, s.x[t], vector(in, w), vector(in, b), out);
+    }
+
+    struct Meeting {
+        const Weight & w;
+        const Rows & in;
+    };
+
+    // What the products of adapters, beside each w, need of the whole of its input.
+    void narrow(std::initializer_list<Meeting> meetings) const {
+        const size_t unit = 8, parts = (chunk.rank + unit - 1) / unit;
+        team.run(meetings.size() * chunk.n_segments * parts, 1, [&](size_t begin, size_t end) {
+            for (size_t i = begin; i < end; i++) {
+                const Meeting & meeting = meetings.begin()[i / parts / chunk.n_segments];
+                const Segment & segment = chunk.segments[i / parts % chunk.n_segments];
+                const ggml_low_rank & product = change(segment, meeting.w).product;
+                const size_t first = i % parts * unit, last = std::min(first + unit, product.rank);
+                if (first >= last) continue;
+                const Rows & in = meeting.in;
+                const ggml_input input = {in[segment.first], in.n, nullptr, activations,
+                                          segment.last - segment.first};
+                ggml_narrow(&kernels, &product, &input, in.narrow + segment.first * chunk.rank,
+                            chunk.rank, first, last);
+            }
+        });
+    }
+
+    // out = w·in, elements [first, last) of each row; narrow({{w, in}}) comes before.
     void multiply(const Weight & w, const Rows & in, const Rows & out, size_t first,
                   size_t last) const {
-        multiply(w, in, out, first, last, chunk.n_rows);
+        const ggml_input input = {in.x, in.n, in.act, activations, chunk.n_rows};
+        if (squares != nullptr && first == 0) add_squares(w, in);
+        ggml_multiply(&kernels, &w, &input, out.x, out.n, first, last);
+        if (chunk.rank == 0) return;
+        for (size_t i = 0; i < chunk.n_segments; i++) {
+            const Segment & segment = chunk.segments[i];
+            const ggml_low_rank & product = change(segment, w).product;
+            const ggml_input narrow = {in.narrow + segment.first * chunk.rank, chunk.rank, nullptr,
+                                       activations, segment.last - segment.first};
+            if (product.rank > 0) {
+                kernels.add_low_rank(&product, &narrow, out[segment.first], out.n, first, last);
+            }
+        }
     }
 
     // One thread does this for a matrix, row after row: the sums are always the same.
-    void add_squares(const Weight & w, const Rows & in, size_t n_rows) const {
+    void add_squares(const Weight & w, const Rows & in) const {
         double * sums = squares + w.first_input;
-        for (size_t t = 0; t < n_rows; t++) {
+        for (size_t t = 0; t < chunk.n_rows; t++) {
             for (size_t k = 0; k < w.cols; k++) sums[k] += (double)in[t][k] * in[t][k];
         }
     }
@@ -364,7 +414,7 @@ struct Forward : Pass {
                const Rows & out) const {
         const Segment & in = segment(t);
         const float * before = t > in.first ? s.xx[t - 1] : state(in, layer, carried);
-        kernels.lerp(n, s.xx[t], before, mix, out[t]);
+        kernels.lerp(n, s.xx[t], before, vector(in, mix), out[t]);
         prepare(w, out, t, 0, n);
     }
 
@@ -389,21 +439,21 @@ struct Forward : Pass {
         const Layer & l = weights.layers[0];
         each_row([&](size_t t) {
             look_up(t, s.x[t]);
-            kernels.layer_norm(n, s.x[t], l.ln0_weight, l.ln0_bias, s.x[t]);
+            layer_norm(t, l.ln0_weight, l.ln0_bias, s.x[t]);
         });
     }
 
     // x += O·(σ(r)·wkv)
     void time_mixing(size_t layer) const {
         const Layer & l = weights.layers[layer];
-        each_row(
-            [&](size_t t) { kernels.layer_norm(n, s.x[t], l.ln1_weight, l.ln1_bias, s.xx[t]); });
+        each_row([&](size_t t) { layer_norm(t, l.ln1_weight, l.ln1_bias, s.xx[t]); });
         each_row([&](size_t t) {
             shift(t, layer, ATT_XX, l.att_time_mix_k, l.att_key, s.xk);
             shift(t, layer, ATT_XX, l.att_time_mix_v, l.att_value, s.xv);
             shift(t, layer, ATT_XX, l.att_time_mix_r, l.att_receptance, s.xr);
         });
         carry(layer, ATT_XX);
+        narrow({{l.att_key, s.xk}, {l.att_value, s.xv}, {l.att_receptance, s.xr}});
         each_piece(n, [&](size_t first, size_t last) {
             multiply(l.att_key, s.xk, s.k, first, last);
             multiply(l.att_value, s.xv, s.v, first, last);
@@ -411,6 +461,7 @@ struct Forward : Pass {
             average(layer, first, last);
             for (size_t t = 0; t < chunk.n_rows; t++) prepare(l.att_output, s.y, t, first, last);
         });
+        narrow({{l.att_output, s.y}});
         each_piece(n, [&](size_t first, size_t last) {
             multiply(l.att_output, s.y, s.v, first, last);
             for (size_t t = 0; t < chunk.n_rows; t++) {
@@ -427,10 +478,11 @@ struct Forward : Pass {
             float * aa = state(segment, layer, AA) + first;
             float * bb = state(segment, layer, BB) + first;
             float * pp = state(segment, layer, PP) + first;
+            const float * u = vector(segment, l.att_time_first) + first;
+            const float * w = vector(segment, l.att_time_decay) + first;
             for (size_t t = segment.first; t < segment.last; t++) {
                 float * y = s.y[t] + first;
-                kernels.wkv(last - first, l.att_time_first + first, l.att_time_decay + first,
-                            s.k[t] + first, s.v[t] + first, aa, bb, pp, y);
+                kernels.wkv(last - first, u, w, s.k[t] + first, s.v[t] + first, aa, bb, pp, y);
                 kernels.sigmoid_mul(last - first, s.r[t] + first, y, y);
             }
         }
@@ -439,13 +491,13 @@ struct Forward : Pass {
     // x += σ(r)·(V·relu(k)²)
     void channel_mixing(size_t layer) const {
         const Layer & l = weights.layers[layer];
-        each_row(
-            [&](size_t t) { kernels.layer_norm(n, s.x[t], l.ln2_weight, l.ln2_bias, s.xx[t]); });
+        each_row([&](size_t t) { layer_norm(t, l.ln2_weight, l.ln2_bias, s.xx[t]); });
         each_row([&](size_t t) {
             shift(t, layer, FFN_XX, l.ffn_time_mix_k, l.ffn_key, s.xk);
             shift(t, layer, FFN_XX, l.ffn_time_mix_r, l.ffn_receptance, s.xr);
         });
         carry(layer, FFN_XX);
+        narrow({{l.ffn_key, s.xk}, {l.ffn_receptance, s.xr}});
         const size_t n_ffn = shape.n_ffn, keys = padded(n_ffn);
         each_piece(keys + n, [&](size_t first, size_t last) {
             if (first < n_ffn) hidden(l, first, std::min(last, n_ffn));
@@ -453,6 +505,7 @@ struct Forward : Pass {
                 multiply(l.ffn_receptance, s.xr, s.r, std::max(first, keys) - keys, last - keys);
             }
         });
+        narrow({{l.ffn_value, s.ffn}});
         const size_t unit = ggml_row_unit(&l.ffn_value, chunk.n_rows, team.size());
         team.run(n, unit, [&](size_t first, size_t last) {
             multiply(l.ffn_value, s.ffn, s.v, first, last);
@@ -477,13 +530,14 @@ struct Forward : Pass {
     void tiny_attention() const {
         const TinyAttention & l = weights.tiny;
         each_row([&](size_t t) {
-            kernels.layer_norm(n, s.x[t], l.ln_weight, l.ln_bias, s.xr[t]);
+            layer_norm(t, l.ln_weight, l.ln_bias, s.xr[t]);
             std::memcpy(s.xk[t], s.xr[t], n * sizeof(float));  // their types may differ
             look_up(t, s.xv[t]);
             prepare(l.q, s.xr, t, 0, n);
             prepare(l.k, s.xk, t, 0, n);
             prepare(l.v, s.xv, t, 0, n);
         });
+        narrow({{l.q, s.xr}, {l.k, s.xk}, {l.v, s.xv}});
         each_piece(shape.n_tiny, [&](size_t first, size_t last) {
             multiply(l.q, s.xr, s.tiny_q, first, last);
             multiply(l.k, s.xk, s.tiny_k, first, last);
@@ -516,22 +570,21 @@ struct Forward : Pass {
             const size_t until_end = run.sequence.n_tokens - (in.token + t - in.first);
             if (until_end > run.n_hidden) return;
             float * hidden = run.hidden + (run.n_hidden - until_end) * n;
-            kernels.layer_norm(n, s.x[t], weights.ln_out_weight, weights.ln_out_bias, hidden);
+            layer_norm(t, weights.ln_out_weight, weights.ln_out_bias, hidden);
         });
         if (squares == nullptr) return;
         each_row([&](size_t t) {  // what the head would see of every token
-            kernels.layer_norm(n, s.x[t], weights.ln_out_weight, weights.ln_out_bias, s.xx[t]);
+            layer_norm(t, weights.ln_out_weight, weights.ln_out_bias, s.xx[t]);
         });
-        add_squares(weights.head, s.xx, chunk.n_rows);
+        add_squares(weights.head, s.xx);
     }
 
-    void head(float * hidden, size_t n_rows) const {
-        const Rows in = {hidden, n, s.xk.act, s.xk.act_size};
-        team.run(n_rows, 1, [&](size_t first, size_t last) {
-            for (size_t t = first; t < last; t++) prepare(weights.head, in, t, 0, n);
-        });
+    void head(float * hidden) const {
+        const Rows in = {hidden, n, s.xk.act, s.xk.act_size, s.xk.narrow};
+        each_row([&](size_t t) { prepare(weights.head, in, t, 0, n); });
+        narrow({{weights.head, in}});
         each_piece(shape.n_vocab, [&](size_t first, size_t last) {
-            multiply(weights.head, in, s.logits, first, last, n_rows);
+            multiply(weights.head, in, s.logits, first, last);
         });
     }
 };
@@ -553,8 +606,8 @@ void keep_hidden(const Pass & pass) {
     Forward{pass}.keep_hidden();
 }
 
-void evaluate_head(const Pass & pass, float * hidden, size_t n_rows) {
-    Forward{pass}.head(hidden, n_rows);
+void evaluate_head(const Pass & pass, float * hidden) {
+    Forward{pass}.head(hidden);
 }
 
 }  // namespace rwkv

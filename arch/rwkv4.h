@@ -76,10 +76,11 @@ struct Scratch {
     Rows ffn;        /* hidden layer of channel mixing */
     Rows tiny_q, tiny_k;
     Rows logits;
+    size_t rank; /* of the adapters that there is room for */
 };
 
 /* Divides memory at `base` among the vectors; NULL just counts. Returns the number of bytes. */
-uint64_t lay_out(Scratch & scratch, const Shape & shape, uint8_t * base);
+uint64_t lay_out(Scratch & scratch, const Shape & shape, size_t rank, uint8_t * base);
 
 /* A chunk of tokens on its one pass over the weights. */
 struct Pass {
@@ -98,8 +99,9 @@ void embed(const Pass & pass);
 void evaluate_layer(const Pass & pass, size_t layer);
 void keep_hidden(const Pass & pass); /* the last tokens' inputs of the head, where runs want them */
 
-/* Logits of up to max_logit_rows vectors that passes have kept, to s.logits. */
-void evaluate_head(const Pass & pass, float * hidden, size_t n_rows);
+/* Logits of vectors that passes have kept, to s.logits; the chunk, of up to max_logit_rows, says
+ * whose they are. */
+void evaluate_head(const Pass & pass, float * hidden);
 
 }  // namespace rwkv
 

@@ -122,6 +122,22 @@ size_t ggml_columns_size(enum ggml_type type, size_t rows, size_t cols);
 void ggml_pack_columns(enum ggml_type type, size_t rows, size_t cols, const void * src, void * dst,
                        size_t first, size_t last);
 
+/* A low-rank product beside a matrix of rows × cols: y = W·x + B·(A·x). */
+struct ggml_low_rank {
+    size_t rank;     /* 0: there is none */
+    size_t cols;     /* of A, which has `rank` rows */
+    const float * a; /* row after row */
+    const float * b; /* B, rows × rank, made by ggml_pack_low_rank, at a multiple of 64 bytes */
+};
+
+/* Bytes that B takes, a multiple of 64. */
+size_t ggml_low_rank_size(size_t rows, size_t rank);
+
+/* Puts n columns of B, rows × n weights row after row, times `scale`, into their place among `rank`
+ * columns, from column `first` on. What dst holds elsewhere has to be zero or packed already. */
+void ggml_pack_low_rank(size_t rows, size_t rank, const void * src, size_t first, size_t n,
+                        float scale, float * dst);
+
 /* ---- Kernels -------------------------------------------------------------------------------- */
 
 /* How finely a vector that meets a quantized matrix is rounded: to 14 bits or 7, and a sign. */
@@ -163,6 +179,11 @@ struct ggml_kernels {
      * rows. NULL where ggml_columns_size is 0. */
     void (*sparse[GGML_TYPE_COUNT])(const struct ggml_matrix * w, const struct ggml_input * in,
                                     float * y, size_t first, size_t last);
+
+    /* y[t * ldy + r] += B[r]·h[t] for rows r in [first, last), in the same way; h is an input of
+     * vectors of `rank` floats: those that ggml_narrow makes. */
+    void (*add_low_rank)(const struct ggml_low_rank * w, const struct ggml_input * h, float * y,
+                         size_t ldy, size_t first, size_t last);
 
     void (*layer_norm)(size_t n, const float * x, const float * w, const float * b, float * y);
     void (*lerp)(size_t n, const float * x, const float * prev, const float * mix, float * y);
@@ -207,6 +228,10 @@ void ggml_make_act(const struct ggml_kernels * kernels, enum ggml_type type,
  * last as there or, if the matrix has a copy by columns, as ggml_row_unit makes them. */
 void ggml_multiply(const struct ggml_kernels * kernels, const struct ggml_matrix * w,
                    const struct ggml_input * in, float * y, size_t ldy, size_t first, size_t last);
+
+/* y[t * ldy + i] = A[i]·x[t] for any rows i in [first, last) of a low-rank product. */
+void ggml_narrow(const struct ggml_kernels * kernels, const struct ggml_low_rank * w,
+                 const struct ggml_input * in, float * y, size_t ldy, size_t first, size_t last);
 
 /* Of how many rows the parts should be that n_threads multiply a matrix with n vectors in. */
 size_t ggml_row_unit(const struct ggml_matrix * w, size_t n, size_t n_threads);

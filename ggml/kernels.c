@@ -43,6 +43,7 @@ static void lay_over(struct ggml_kernels * table, const struct ggml_kernels * le
     table->needs |= level->needs;
     for (int type = 0; type < GGML_TYPE_COUNT; type++) TAKE(matmul[type]);
     for (int type = 0; type < GGML_TYPE_COUNT; type++) TAKE(sparse[type]);
+    TAKE(add_low_rank);
     TAKE(quantize_act);
     TAKE(bf16_act);
     TAKE(layer_norm);

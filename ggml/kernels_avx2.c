@@ -273,6 +273,24 @@ GGML_INLINE void add_columns(bool wide, int n, const uint8_t * const * columns,
 
 GGML_COLUMNS_INSTANCES
 
+/* ---- Low-rank products ---------------------------------------------------------------------- */
+
+static void add_low_rank(const struct ggml_low_rank * w, const struct ggml_input * h, float * y,
+                         size_t ldy, size_t first, size_t last) {
+    for (size_t row = first; row < last; row += 8) {
+        const size_t lane = row % GGML_STRIPE;
+        const float * b = w->b + (row - lane) * w->rank + lane;
+        for (size_t t = 0; t < h->n; t++) {
+            const float * x = h->x + t * h->ldx;
+            __m256 acc = load(y + t * ldy + row, last - row);
+            for (size_t i = 0; i < w->rank; i++)
+                acc = _mm256_fmadd_ps(_mm256_loadu_ps(b + i * GGML_STRIPE), _mm256_set1_ps(x[i]),
+                                      acc);
+            store(y + t * ldy + row, last - row, acc);
+        }
+    }
+}
+
 /* ---- Vectors -------------------------------------------------------------------------------- */
 
 GGML_INLINE __m256i sum_pairs(__m256i a) {
@@ -596,6 +614,7 @@ const struct ggml_kernels ggml_kernels_avx2 = {
     .bf16_act = bf16_act,
     .matmul = {[GGML_TYPE_FP32] = matmul_FP32, [GGML_TYPE_FP16] = matmul_FP16},
     .sparse = {GGML_COLUMNS_ENTRIES},
+    .add_low_rank = add_low_rank,
     .layer_norm = layer_norm,
     .lerp = lerp,
     .exp = exp_vector,

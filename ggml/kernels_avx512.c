@@ -449,6 +449,24 @@ GGML_INLINE void add_columns(bool wide, int n, const uint8_t * const * columns,
 
 GGML_COLUMNS_INSTANCES
 
+/* ---- Low-rank products ---------------------------------------------------------------------- */
+
+static void add_low_rank(const struct ggml_low_rank * w, const struct ggml_input * h, float * y,
+                         size_t ldy, size_t first, size_t last) {
+    for (size_t row = first; row < last; row += 16) {
+        const float * b = w->b + row * w->rank;
+        for (size_t i = 0; i < w->rank; i++)
+            _mm_prefetch((const char *)(b + i * 16) + AHEAD, _MM_HINT_T0);
+        for (size_t t = 0; t < h->n; t++) {
+            const float * x = h->x + t * h->ldx;
+            __m512 acc = load(y + t * ldy + row, last - row);
+            for (size_t i = 0; i < w->rank; i++)
+                acc = _mm512_fmadd_ps(_mm512_load_ps(b + i * 16), _mm512_set1_ps(x[i]), acc);
+            store(y + t * ldy + row, last - row, acc);
+        }
+    }
+}
+
 /* ---- Vectors -------------------------------------------------------------------------------- */
 
 static void quantize_act(enum ggml_activations activations, size_t n, const float * x,
@@ -701,6 +719,7 @@ const struct ggml_kernels ggml_kernels_avx512 = {
             GGML_QUANTIZED_ENTRIES,
         },
     .sparse = {GGML_COLUMNS_ENTRIES, GGML_CODES_ENTRIES},
+    .add_low_rank = add_low_rank,
     .layer_norm = layer_norm,
     .lerp = lerp,
     .exp = exp_vector,

@@ -466,6 +466,23 @@ static void linear_attention(size_t d, size_t n, const float * q, const float * 
     for (; c < n; c += 4) attend(1, d, n - c, q, k, v + c, scale, m + c, ldm, y + c);
 }
 
+/* ---- Low-rank products ---------------------------------------------------------------------- */
+
+static void add_low_rank(const struct ggml_low_rank * w, const struct ggml_input * h, float * y,
+                         size_t ldy, size_t first, size_t last) {
+    for (size_t row = first; row < last; row += 4) {
+        const size_t lane = row % GGML_STRIPE;
+        const float * b = w->b + (row - lane) * w->rank + lane;
+        for (size_t t = 0; t < h->n; t++) {
+            const float * x = h->x + t * h->ldx;
+            float32x4_t acc = load(y + t * ldy + row, last - row);
+            for (size_t i = 0; i < w->rank; i++)
+                acc = vfmaq_n_f32(acc, vld1q_f32(b + i * GGML_STRIPE), x[i]);
+            store(y + t * ldy + row, last - row, acc);
+        }
+    }
+}
+
 /* ---- Limits --------------------------------------------------------------------------------- */
 
 #if defined(_MSC_VER) && !defined(__clang__)
@@ -540,6 +557,7 @@ const struct ggml_kernels ggml_kernels_neon = {
             [GGML_TYPE_FP16] = matmul_FP16,
             GGML_QUANTIZED_ENTRIES,
         },
+    .add_low_rank = add_low_rank,
     .layer_norm = layer_norm,
     .lerp = lerp,
     .exp = exp_vector,

@@ -236,6 +236,23 @@ GGML_INLINE void add_codes(bool wide, const struct ggml_nonzero_block * block,
 
 GGML_CODES_INSTANCES
 
+static void add_low_rank(const struct ggml_low_rank * w, const struct ggml_input * h, float * y,
+                         size_t ldy, size_t first, size_t last) {
+    for (size_t row = first; row < last; row += LANES) {
+        const size_t rows = last - row < LANES ? last - row : LANES;
+        for (size_t t = 0; t < h->n; t++) {
+            const float * from = w->b + row * w->rank;
+            float acc[LANES] = {0}, x[LANES];
+            memcpy(acc, y + t * ldy + row, rows * sizeof *acc);
+            for (size_t i = 0; i < w->rank; i++, from += LANES) {
+                for (int j = 0; j < LANES; j++) x[j] = h->x[t * h->ldx + i];
+                fma32_lanes(from, x, acc);
+            }
+            memcpy(y + t * ldy + row, acc, rows * sizeof *acc);
+        }
+    }
+}
+
 /* ---- Vectors -------------------------------------------------------------------------------- */
 
 static void quantize_act(enum ggml_activations activations, size_t n, const float * x,
@@ -443,6 +460,7 @@ const struct ggml_kernels ggml_kernels_scalar = {
             GGML_QUANTIZED_ENTRIES,
         },
     .sparse = {GGML_COLUMNS_ENTRIES, GGML_CODES_ENTRIES},
+    .add_low_rank = add_low_rank,
     .layer_norm = layer_norm,
     .lerp = lerp,
     .exp = exp_vector,

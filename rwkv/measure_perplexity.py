@@ -3,4 +3,4 @@
 from rwkv_cpp.cli import main_as
 
 if __name__ == "__main__":
-    main_as("perplexity", "model_path", "text", "skip", "limit?")
+    main_as("perplexity", "model_path", "text", "skip", "limit?=-1")

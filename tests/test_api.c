@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 
 #include <fenv.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <sys/stat.h>
@@ -524,7 +525,9 @@ static void test_bad_batches(void) {
     struct rwkv_context * ctx = load(1);
     float in[STATE] = {0}, other[STATE] = {0};
     const uint32_t bad_tokens[] = {1, N_VOCAB};
-    struct rwkv_adapter * adapter = (struct rwkv_adapter *)(void *)in;
+    struct rwkv_context * another = load(1); /* another model, of the same file */
+    struct rwkv_adapter * adapter =
+        rwkv_create_adapter(another, NULL, 0, sizeof(struct rwkv_adapter_part));
     const struct {
         const char *what, *part;
         struct rwkv_sequence second;
@@ -533,7 +536,7 @@ static void test_bad_batches(void) {
         {"no tokens", "sequence 1: tokens is NULL", {.n_tokens = 2}},
         {"empty", "sequence 1: has no tokens", {.tokens = tokens}},
         {"too many logits", "n_logits is 3", {.tokens = tokens, .n_tokens = 2, .n_logits = 3}},
-        {"adapter", "not offered yet", {.tokens = tokens, .n_tokens = 2, .adapter = adapter}},
+        {"adapter", "another model", {.tokens = tokens, .n_tokens = 2, .adapter = adapter}},
         {"same state_out twice",
          "overlap",
          {.tokens = tokens, .n_tokens = 2, .state_out = state_out}},
@@ -573,6 +576,116 @@ static void test_bad_batches(void) {
     check(!rwkv_eval_batch(ctx, &longer[0].known, 2, sizeof *longer),
           "longer structs, the rest not zero");
     check(!rwkv_eval_batch(ctx, shared, 2, sizeof *shared - 8), "shorter structs");
+    rwkv_free(another);
+    const struct rwkv_sequence orphan = {tokens, 3, in, other, NULL, 0, NULL, adapter};
+    check(!rwkv_eval_batch(ctx, &orphan, 1, sizeof orphan), "an adapter whose model is gone");
+    rwkv_free_adapter(adapter);
+    rwkv_free(ctx);
+}
+
+/* ---- Tests: adapters ----------------------------------------------------------------------------
+ */
+
+enum { RANK = 3 };
+static float a_weights[RANK * N_FFN], b_weights[N_FFN * RANK], vector[N_EMBED];
+
+static struct rwkv_adapter_part key_part(void) {
+    const struct rwkv_adapter_part part = {
+        "blocks.1.att.key.weight", N_EMBED, N_EMBED, RANK, a_weights, b_weights, 2, NULL,
+    };
+    return part;
+}
+
+static struct rwkv_adapter_part vector_part(void) {
+    const struct rwkv_adapter_part part = {
+        "blocks.1.att.time_mix_k", 1, N_EMBED, 0, NULL, NULL, 0, vector,
+    };
+    return part;
+}
+
+static struct rwkv_adapter * create_adapter(struct rwkv_context * ctx) {
+    const struct rwkv_adapter_part parts[] = {key_part(), vector_part()};
+    return rwkv_create_adapter(ctx, parts, 2, sizeof *parts);
+}
+
+static void fill_adapter(void) {
+    for (size_t i = 0; i < RANK * N_FFN; i++) a_weights[i] = random_normal() / 4;
+    for (size_t i = 0; i < RANK * N_FFN; i++) b_weights[i] = random_normal() / 4;
+    for (size_t i = 0; i < N_EMBED; i++) vector[i] = 0.5f + random_normal() / 4;
+}
+
+static bool evaluate_with(struct rwkv_context * ctx, const struct rwkv_adapter * adapter,
+                          float * logits) {
+    const struct rwkv_sequence sequence = {tokens, 300, NULL, NULL, logits, 1, NULL, adapter};
+    return rwkv_eval_batch(ctx, &sequence, 1, sizeof sequence);
+}
+
+static void test_adapters(void) {
+    struct rwkv_context *ctx = load(2), *clone = rwkv_clone_context(ctx, 1);
+    float expected[N_VOCAB], logits[N_VOCAB];
+    fill_adapter();
+    struct rwkv_adapter * adapter = create_adapter(ctx);
+    check(adapter != NULL, "create: %s", rwkv_get_last_error_message());
+    check(evaluate_with(ctx, adapter, expected), "eval: %s", rwkv_get_last_error_message());
+    check(!equal(expected, wanted_logits[299], N_VOCAB), "the adapter changes something");
+    memset(a_weights, 0, sizeof a_weights); /* it has its own copy */
+    check(evaluate_with(clone, adapter, logits) && equal(logits, expected, N_VOCAB), "in a clone");
+    check(evaluate_with(ctx, NULL, logits) && equal(logits, wanted_logits[299], N_VOCAB),
+          "without it, the model is as before");
+    rwkv_free(ctx);
+    check(evaluate_with(clone, adapter, logits) && equal(logits, expected, N_VOCAB),
+          "after the context that made it");
+    rwkv_free(clone);
+    rwkv_free_adapter(adapter);
+    rwkv_free_adapter(NULL);
+}
+
+static void test_bad_adapters(void) {
+    struct rwkv_context * ctx = load(1);
+    fill_adapter();
+    struct rwkv_adapter_part key = key_part(), mix = vector_part();
+    const int args = RWKV_ERROR_ARGS;
+#define REFUSED(PART, FLAGS, TEXT, WHAT)                                                           \
+    ctx_refused(ctx, rwkv_create_adapter(ctx, &PART, 1, sizeof PART), args | FLAGS, TEXT, WHAT);   \
+    key = key_part(), mix = vector_part()
+    key.name = NULL;
+    REFUSED(key, 0, "part 0: name is NULL", "no name");
+    key.name = "blocks.2.att.key.weight";
+    REFUSED(key, RWKV_ERROR_KEY, "'blocks.2.att.key.weight': the model has no", "unknown name");
+    key.name = "emb.weight", key.rows = N_VOCAB;
+    REFUSED(key, RWKV_ERROR_UNSUPPORTED, "the embedding", "embedding");
+    key.cols++;
+    REFUSED(key, RWKV_ERROR_SHAPE, "is for 32 x 33, the model has 32 x 32", "columns");
+    key.rows = 1;
+    REFUSED(key, RWKV_ERROR_SHAPE, "is for 1 x 32", "rows");
+    key.rank = 0;
+    REFUSED(key, RWKV_ERROR_DIMENSION, "rank is 0, expected 1 to", "rank 0");
+    key.rank = SIZE_MAX;
+    REFUSED(key, RWKV_ERROR_DIMENSION, "rank is", "rank too large");
+    key.a = NULL;
+    REFUSED(key, 0, "is a matrix", "no a");
+    key.b = NULL;
+    REFUSED(key, 0, "is a matrix", "no b");
+    key.values = vector;
+    REFUSED(key, 0, "is a matrix", "values of a matrix");
+    key.scale = NAN;
+    REFUSED(key, RWKV_ERROR_DATA, "scale[0] is nan", "scale");
+    mix.values = NULL;
+    REFUSED(mix, 0, "is a vector", "no values");
+    mix.rank = 1;
+    REFUSED(mix, 0, "is a vector", "rank of a vector");
+    mix.a = a_weights;
+    REFUSED(mix, 0, "is a vector", "a of a vector");
+    a_weights[7] = INFINITY;
+    REFUSED(key, RWKV_ERROR_DATA, "a[7] is inf", "infinity in a");
+    a_weights[7] = 0, b_weights[8] = 3e38f;
+    REFUSED(key, RWKV_ERROR_DATA, "b[8] is 3e+38, too large for the scale", "too large");
+    vector[9] = NAN;
+    REFUSED(mix, RWKV_ERROR_DATA, "values[9] is nan", "NaN in a vector");
+#undef REFUSED
+    ctx_refused(ctx, rwkv_create_adapter(ctx, NULL, 1, sizeof key), args, "parts is NULL", "NULL");
+    ctx_refused(ctx, rwkv_create_adapter(ctx, &key, 1, sizeof key - 8), args, "size is", "size");
+    refused(rwkv_create_adapter(NULL, NULL, 0, sizeof key), args, "ctx is NULL", "no context");
     rwkv_free(ctx);
 }
 
@@ -931,6 +1044,21 @@ static bool load_and_evaluate(void) {
     return good;
 }
 
+static bool adapt_and_evaluate(void) {
+    fill_adapter();
+    struct rwkv_context * ctx = rwkv_init_from_file(model_path, 2);
+    struct rwkv_adapter * adapter = ctx ? create_adapter(ctx) : NULL;
+    const bool good = adapter && evaluate_with(ctx, adapter, logits_out);
+    if (ctx && adapter && !good) { /* a context whose memory could not grow goes on */
+        check(rwkv_eval_sequence(ctx, tokens, 300, NULL, NULL, logits_out) &&
+                  equal(logits_out, wanted_logits[299], N_VOCAB),
+              "without the adapter after a failure with it");
+    }
+    rwkv_free_adapter(adapter);
+    rwkv_free(ctx);
+    return good;
+}
+
 static bool quantize(void) {
     return rwkv_quantize_model_file(model_path, output_path, "Q4_0");
 }
@@ -962,6 +1090,7 @@ static void fail_each(enum fault kind, bool (*operation)(void),
 
 static void test_failing_calls(void) {
     fail_each(FAULT_NEW, load_and_evaluate, "allocations of load and eval");
+    fail_each(FAULT_NEW, adapt_and_evaluate, "allocations of adapters");
     fail_each(FAULT_READ, load_and_evaluate, "reads of load");
     fail_each(FAULT_NEW, quantize, "allocations of quantize");
     fail_each(FAULT_READ, quantize, "reads of quantize");
@@ -1043,6 +1172,8 @@ int main(void) {
     test_sequences();
     test_batches();
     test_bad_batches();
+    test_adapters();
+    test_bad_adapters();
     test_contexts();
     test_busy_and_interrupt();
     test_interrupt_in_the_queue();

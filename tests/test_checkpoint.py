@@ -17,7 +17,7 @@ import pytest
 from checkpoints import Call, Global, Persistent, Raw, storage, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rwkv_cpp.checkpoint import open_checkpoint, write_safetensors
+from rwkv_cpp.checkpoint import SUFFIXES, open_checkpoint, write_checkpoint
 from rwkv_cpp.errors import RWKVFileError
 
 WEIGHTS = np.array([[0.5, -1.25, 3.0], [1e-3, 0.0, -7.0]], np.float32)
@@ -812,24 +812,88 @@ def test_safetensors_header_of_any_length(opened):
             assert same_bits(checkpoint.read("a"), WEIGHTS)
 
 
+ARRAYS = {
+    "half": WEIGHTS.astype(np.float16)[:, :1],
+    "single": WEIGHTS.T,
+    "vector": WEIGHTS[0],
+    "mix": WEIGHTS[:1, None],
+}
+LAYOUT = {key: (array.dtype, array.shape) for key, array in ARRAYS.items()}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_write_checkpoint(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    write_checkpoint(path, LAYOUT, ARRAYS.__getitem__)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.keys() == list(ARRAYS)
+        for key, array in ARRAYS.items():
+            assert checkpoint.dtype(key) == array.dtype.name
+            assert same_bits(checkpoint.read(key), np.ascontiguousarray(array, np.float32))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="declared as"):
+        write_checkpoint(path, LAYOUT, lambda key: ARRAYS["vector"])
+    assert path.read_bytes() == before
+    write_checkpoint(path, LAYOUT, ARRAYS.__getitem__)
+    assert path.read_bytes() == before
+
+
 def test_write_safetensors(tmp_path):
     package = pytest.importorskip("safetensors.numpy")
     path = tmp_path / "model.safetensors"
-    arrays = {
-        "half": WEIGHTS.astype(np.float16)[:, :1],
-        "single": WEIGHTS.T,
-        "vector": WEIGHTS[0],
-    }
-    layout = {key: (array.dtype, array.shape) for key, array in arrays.items()}
-    write_safetensors(path, layout, arrays.__getitem__)
+    write_checkpoint(path, LAYOUT, ARRAYS.__getitem__)
     loaded = package.load_file(path)
-    assert set(loaded) == set(arrays)
-    for key, array in arrays.items():
+    assert set(loaded) == set(ARRAYS)
+    for key, array in ARRAYS.items():
         assert loaded[key].dtype == array.dtype
         np.testing.assert_array_equal(loaded[key], array)
-    with open_checkpoint(path) as checkpoint:
-        assert checkpoint.keys() == list(arrays)
-        assert same_bits(checkpoint.read("single"), np.ascontiguousarray(WEIGHTS.T))
-    with pytest.raises(ValueError, match="declared as"):
-        write_safetensors(path, layout, lambda key: arrays["vector"])
-    assert set(package.load_file(path)) == set(arrays)
+
+
+def test_write_what_torch_reads(tmp_path):
+    """Python's own readers of zip files and of pickles, with what torch would put in: arrays."""
+    path = tmp_path / "model.pth"
+    write_checkpoint(path, LAYOUT, ARRAYS.__getitem__)
+    dtypes = {"FloatStorage": np.float32, "HalfStorage": np.float16}
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> object:
+            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+                return rebuild
+            return dtypes[name] if module == "torch" else super().find_class(module, name)
+
+        def persistent_load(self, identity: tuple) -> np.ndarray:
+            word, dtype, key, device, numel = identity
+            assert (word, device) == ("storage", "cpu")
+            data = np.frombuffer(archive.read(f"archive/data/{key}"), dtype)
+            assert data.size == numel
+            return data
+
+    def rebuild(storage, offset, shape, strides, requires_grad, hooks) -> np.ndarray:
+        assert (offset, requires_grad, hooks) == (0, False, {})
+        steps = [stride * storage.itemsize for stride in strides]
+        return np.lib.stride_tricks.as_strided(storage, shape, steps)
+
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert archive.read("archive/byteorder") == b"little"
+        tensors = Unpickler(io.BytesIO(archive.read("archive/data.pkl"))).load()
+        for entry in archive.infolist():
+            start = entry.header_offset
+            name, extra = struct.unpack_from("<2H", path.read_bytes(), start + 26)
+            assert (start + 30 + name + extra) % 64 == 0
+    assert list(tensors) == list(ARRAYS)
+    for key, array in ARRAYS.items():
+        assert tensors[key].dtype == array.dtype
+        np.testing.assert_array_equal(tensors[key], array)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_torch_reads_it(tmp_path, mmap):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "model.pth"
+    write_checkpoint(path, LAYOUT, ARRAYS.__getitem__)
+    tensors = torch.load(path, weights_only=True, mmap=mmap)
+    assert list(tensors) == list(ARRAYS)
+    for key, array in ARRAYS.items():
+        assert tensors[key].numpy().dtype == array.dtype
+        np.testing.assert_array_equal(tensors[key].numpy(), array)

@@ -249,6 +249,69 @@ static void test_tiles_are_described(void) {}
 static void test_emulated_amx(void) {}
 #endif
 
+/* B·h against its definition, number by number; B is packed in two parts with a scale. */
+static void test_low_rank(const struct ggml_kernels * k, size_t rows, size_t rank, size_t n) {
+    enum { COLS = 100 };
+    const size_t left = rank / 2, ldh = rank + 1, ldy = rows + 2, middle = rows / 2 / 16 * 16;
+    uint8_t * odd = (uint8_t *)allocate(rows * rank * 4 + 1) + 1; /* B as a caller may have it */
+    float * b = (float *)(void *)allocate_aligned(ggml_low_rank_size(rows, rank));
+    float * a = (float *)allocate(rank * COLS * sizeof *a);
+    float * x = (float *)allocate(n * COLS * sizeof *x);
+    float * h = (float *)allocate(n * ldh * sizeof *h);
+    float * y = (float *)allocate(n * ldy * sizeof *y);
+    float * expected = (float *)allocate(n * ldy * sizeof *expected);
+    for (size_t i = 0; i < rows * rank; i++) {
+        const float weight = random_normal();
+        memcpy(odd + 4 * i, &weight, sizeof weight);
+    }
+    for (size_t i = 0; i < rank * COLS; i++) a[i] = random_normal();
+    for (size_t i = 0; i < n * COLS; i++) x[i] = random_input((enum input)(i % 3));
+    for (size_t i = 0; i < n * ldy; i++) y[i] = expected[i] = random_normal();
+    memset(b, 0, ggml_low_rank_size(rows, rank));
+    ggml_pack_low_rank(rows, rank, odd, 0, left, 0.3f, b);
+    ggml_pack_low_rank(rows, rank, odd + rows * left * 4, left, rank - left, -2, b);
+
+    const struct ggml_low_rank product = {rank, COLS, a, b};
+    const struct ggml_matrix as_matrix = {GGML_TYPE_FP32, rank, COLS, a, NULL};
+    const struct ggml_input in = {x, COLS, NULL, GGML_A16, n}, narrow = {h, ldh, NULL, GGML_A16, n};
+    for (size_t first = 0; first < rank; first += 5) {
+        const size_t last = rank - first < 5 ? rank : first + 5;
+        ggml_narrow(k, &product, &in, h, ldh, first, last);
+    }
+    float * whole = (float *)allocate(n * ldh * sizeof *whole);
+    scalar->matmul[GGML_TYPE_FP32](&as_matrix, &in, whole, ldh, 0, rank);
+    for (size_t t = 0; t < n; t++)
+        for (size_t i = 0; i < rank; i++)
+            check(same(h[t * ldh + i], whole[t * ldh + i]), "%s: narrow, rank %zu", k->isa, rank);
+
+    for (size_t t = 0; t < n; t++) {
+        for (size_t row = 0; row < rows; row++) {
+            for (size_t i = 0; i < rank; i++) {
+                const size_t part = i < left ? left : rank - left;
+                float weight, *to = expected + t * ldy + row;
+                memcpy(&weight,
+                       odd + 4 * (i < left ? row * part + i : rows * left + row * part + i - left),
+                       sizeof weight);
+                *to = fmaf(weight * (i < left ? 0.3f : -2.0f), h[t * ldh + i], *to);
+            }
+        }
+    }
+    k->add_low_rank(&product, &narrow, y, ldy, 0, middle);
+    k->add_low_rank(&product, &narrow, y, ldy, middle, rows);
+    size_t wrong = 0;
+    while (wrong < n * ldy && same(y[wrong], expected[wrong])) wrong++;
+    check(wrong == n * ldy, "%s: low rank %zu, %zu rows, %zu vectors: %zu", k->isa, rank, rows, n,
+          wrong);
+    free(odd - 1), free(b), free(a), free(x), free(h), free(y), free(expected), free(whole);
+}
+
+static void test_low_ranks(const struct ggml_kernels * k) {
+    static const size_t ranks[] = {1, 2, 7, 16, 33};
+    for (size_t rows = 1; rows <= 70; rows += rows < 34 ? 1 : 6)
+        for (size_t i = 0; i < sizeof ranks / sizeof *ranks; i++)
+            test_low_rank(k, rows, ranks[i], rows % 5 + 1);
+}
+
 /* A row against float64 over the weights as the file holds them. An activation is off by at most
  * d/2, a block costs one rounding per step of its definition, at most of what has been summed up so
  * far. */
@@ -774,6 +837,7 @@ int main(int argc, char ** argv) {
             if (ggml_columns_size((enum ggml_type)t, 1, 32) > 0) test_sparse(k, (enum ggml_type)t);
         test_sparse_minus_zero(k);
         test_large_float_matrices(k);
+        test_low_ranks(k);
         test_vectors(k);
         test_linear_attention(k);
         test_quantize_act(k, GGML_A16);

@@ -93,6 +93,8 @@ def test_measure_perplexity(script, path, tmp_path, name):
     assert done.stdout.splitlines()[:-1] == expected.splitlines()[:-1]  # the last is the time
     assert "tokens          30\n" in done.stdout
     assert "tokens          44\n" in script(name, path, text, 5).stdout
+    assert "tokens          44\n" in script(name, path, text, 5, -1).stdout  # the default of 2023
+    assert "0 is not in the range x>=1" in script(name, path, text, 5, 0).stderr
     done = script(name, path, text)
     assert done.returncode == 2
     assert f"Usage: {name}.py [OPTIONS] MODEL_PATH TEXT SKIP [LIMIT]" in done.stderr

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference.rwkv_v4
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
@@ -19,8 +18,7 @@ pytest.importorskip("matplotlib")
 from rwkv_cpp import cli  # noqa: E402
 from rwkv_cpp.errors import RWKVError, RWKVFileError  # noqa: E402
 from rwkv_cpp.train.loop import Progress, Settings, Trainer, train  # noqa: E402
-from rwkv_cpp.train.network import NO_WEIGHT, Network  # noqa: E402
-from rwkv_cpp.train.recurrence import CHUNK, wkv  # noqa: E402
+from rwkv_cpp.train.network import Network  # noqa: E402
 
 TINY = Settings(n_layer=2, n_embed=16, sequence=24, batch=4, steps=8, warmup=2, precision="float32")
 
@@ -41,92 +39,6 @@ def base(tmp_path: Path) -> Path:
     network = Network(256, TINY.n_layer, TINY.n_embed)
     torch.save(network.state_dict(), tmp_path / "base.pth")
     return tmp_path / "base.pth"
-
-
-def wkv_loop(decay, first, k, v, key, value):
-    """The recurrence as the papers write it: one token after another, running maximum and all."""
-    aa, bb, pp = value, torch.ones_like(value), key
-    averages = []
-    for t in range(k.shape[1]):
-        q = torch.maximum(pp, first + k[:, t])
-        e1, e2 = torch.exp(pp - q), torch.exp(first + k[:, t] - q)
-        averages.append((e1 * aa + e2 * v[:, t]) / (e1 * bb + e2))
-        faded = pp - torch.exp(decay)
-        q = torch.maximum(faded, k[:, t])
-        e1, e2 = torch.exp(faded - q), torch.exp(k[:, t] - q)
-        aa, bb, pp = e1 * aa + e2 * v[:, t], e1 * bb + e2, q
-    return torch.stack(averages, 1), pp + bb.log(), aa / bb
-
-
-def wkv_arguments(length: int, spread: float, offset: float, dtype=torch.float64):
-    draw = torch.Generator().manual_seed(length)
-    channels, batch = 8, 3
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=draw, dtype=dtype)
-
-    arguments = [
-        torch.linspace(-8, 3, channels, dtype=dtype),  # forgets in 3000 steps … in a twentieth
-        2 * normal(channels),
-        spread * normal(batch, length, channels) + offset,
-        normal(batch, length, channels),
-        spread * normal(batch, channels) + offset,
-        normal(batch, channels),
-    ]
-    return [a.requires_grad_() for a in arguments]
-
-
-@pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
-@pytest.mark.parametrize(("spread", "offset"), [(1, 0), (60, 0), (3, 5000), (3, -5000)])
-def test_recurrence_equals_the_plain_loop(length: int, spread: float, offset: float) -> None:
-    arguments = wkv_arguments(length, spread, offset)
-    results = wkv(*arguments)
-    expected = wkv_loop(*arguments)
-    # A weight is exp() of a number up to 5000 + 60 * 5 with 53 bits: 6e-13 off, relatively, and
-    # a gradient sums fewer than 1000 of them.
-    for result, right in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, right, rtol=1e-10, atol=1e-10)
-    cotangents = [torch.sin(1.0 + torch.arange(r.numel())).view(r.shape).to(r) for r in results]
-    names = ("time_decay", "time_first", "k", "v", "key", "value")
-    gradients = torch.autograd.grad(results, arguments, cotangents)
-    expected_gradients = torch.autograd.grad(expected, arguments, cotangents)
-    for name, result, right in zip(names, gradients, expected_gradients, strict=True):
-        bound = 1e-9 * max(1.0, right.abs().max().item())
-        assert (result - right).abs().max() <= bound, name
-
-
-def test_recurrence_from_nothing_equals_the_plain_loop() -> None:
-    *arguments, key, value = wkv_arguments(CHUNK + 3, 1, 0)
-    past = (torch.full_like(key, NO_WEIGHT), torch.zeros_like(value))
-    for result, right in zip(wkv(*arguments, *past), wkv_loop(*arguments, *past), strict=True):
-        torch.testing.assert_close(result, right, rtol=1e-10, atol=1e-10)
-
-
-def test_recurrence_stays_finite_with_keys_far_apart() -> None:
-    arguments = wkv_arguments(2 * CHUNK, 1e4, 0, torch.float32)
-    results = wkv(*arguments)
-    gradients = torch.autograd.grad([r.sum() for r in results], arguments)
-    assert all(x.isfinite().all() for x in (*results, *gradients))
-
-
-def test_network_is_rwkv_4_and_carries_its_past_over_any_cut() -> None:
-    torch.manual_seed(1)
-    network = Network(256, 3, 16).double()
-    for parameter in network.parameters():  # also those that start at zero
-        torch.nn.init.normal_(parameter, std=0.3)
-    tokens = torch.randint(256, (2, 70))
-    past, pieces = network.empty_past(2), []
-    with torch.no_grad():
-        for piece in tokens.split([1, 40, 29], 1):
-            logits, past = network(piece, past)
-            pieces.append(logits)
-    weights = {name: w.squeeze().numpy() for name, w in network.state_dict().items()}
-    for name in weights:
-        if name.endswith("time_decay"):
-            weights[name] = -np.exp(weights[name])
-    for row, logits in zip(tokens, torch.cat(pieces, 1), strict=True):
-        expected, _ = reference.rwkv_v4.forward(weights, row.tolist())
-        np.testing.assert_allclose(logits.numpy(), expected, rtol=0, atol=1e-10)
 
 
 def trainer(text: Path, settings: Settings, base: Path | None = None) -> Trainer:
@@ -160,6 +72,9 @@ def test_tiny_run_lowers_the_loss(text: Path, tmp_path: Path) -> None:
         {"precision": "bfloat16"},
         {"lora_rank": 2, "precision": "bfloat16"},
         {"tune_state": True, "learning_rate": 0.1},
+        {"carry": 3, "precision": "bfloat16"},
+        {"carry": 3, "accumulate": 2, "arch": "4a", "dropout": 0.0},
+        {"optimizer": "adamw"},
     ],
 )
 def test_resumed_run_repeats_an_uninterrupted_one(
@@ -178,6 +93,107 @@ def test_resumed_run_repeats_an_uninterrupted_one(
     for name, tensor in torch.load(tmp_path / "pieces.pth").items():
         assert torch.equal(tensor, expected[name]), name
     assert not (tmp_path / "pieces.checkpoint").exists()
+
+
+def test_checkpointing_changes_no_loss(text: Path, tmp_path: Path) -> None:
+    kept = run(text, tmp_path / "kept.pth", TINY)
+    recomputed = run(text, tmp_path / "recomputed.pth", TINY, gradient_checkpointing=True)
+    assert recomputed.train == kept.train
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 0.01},
+        {"final_learning_rate": 1e-3},
+        {"warmup": 0},
+        {"weight_decay": 0.5},
+        {"dropout": 0.5},
+        {"optimizer": "adamw"},
+        {"arch": "4a"},
+        {"sequence": 23},
+        {"carry": 2},
+        {"average": 0.2},
+    ],
+)
+def test_options_change_what_is_learned(text: Path, tmp_path: Path, changes: dict) -> None:
+    losses = [
+        run(text, tmp_path / f"{number}.pth", replace(settings, batch=2)).held_out[8]
+        for number, settings in enumerate((TINY, replace(TINY, **changes)))
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_parts_of_a_batch_add_up_to_its_gradient(text: Path) -> None:
+    whole, parts = (
+        trainer(text, replace(TINY, dropout=0.0, accumulate=number, carry=2)) for number in (1, 3)
+    )
+    for number in range(3):  # in the third, the carried past begins anew
+        losses = [one.backward(one.batches.draw(number)) for one in (whole, parts)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        for name, parameter in whole.learning.items():
+            gradient = parts.learning[name].grad
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_carried_past_is_that_of_the_text_before(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(32, 127)) * 20)
+    one = trainer(text, replace(TINY, carry=1000, batch=1, dropout=0.0))
+    torch.nn.init.normal_(one.learner.network.head.weight)
+    read, losses = [], []
+    for number in range(4):
+        batch = one.batches.draw(number)
+        assert bool(batch.continues[0]) == (number > 0)
+        losses.append(one.backward(batch))
+        read.append(batch.inputs)
+    tokens = torch.cat([*read, batch.targets[:, -1:]], 1)
+    logits, _ = one.learner(tokens[:, :-1], one.learner.past(1))
+    expected = torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:], reduction="none")
+    assert losses == pytest.approx(expected.view(4, -1).mean(1).tolist(), rel=1e-5)
+    assert not any(part.requires_grad for layer in one.past for part in layer)
+
+
+def test_documents_and_losses_per_byte(tmp_path: Path) -> None:
+    vocabulary = tmp_path / "words.txt"
+    words = [bytes([value]) for value in range(256)] + [b"fox ", b"lazy dog "]
+    lines = (f"{i} {word!r} {len(word)}\n" for i, word in enumerate(words, 1))
+    vocabulary.write_text("".join(lines))
+    text = tmp_path / "documents.jsonl"
+    text.write_text('{"text": "fox lazy dog fox lazy dog ."}\n' * 40)
+    settings = replace(TINY, tokenizer=str(vocabulary), sequence=3, carry=2)
+    one = trainer(text, settings)
+    assert one.learner.network.emb.num_embeddings == 259
+    assert len(one.held_out.documents) == 4
+    assert one.progress.bytes_per_token == pytest.approx(27 / 5)
+    progress = run(text, tmp_path / "out.pth", replace(settings, steps=2))
+    assert 0 < progress.held_out[2] < math.log(259)
+    assert list(progress.by_position) == [1, 2, 4]
+    again = trainer(text, settings, tmp_path / "out.pth")  # any vocabulary, if its file is named
+    assert again.learner.network.emb.num_embeddings == 259
+    with pytest.raises(RWKVError, match="no tokenizer is known for 259 tokens"):
+        trainer(text, replace(settings, tokenizer=None), tmp_path / "out.pth")
+
+
+def test_tokenizer_of_another_model_is_refused(text: Path, tmp_path: Path, base: Path) -> None:
+    vocabulary = tmp_path / "words.txt"
+    lines = [f"{i} {bytes([i - 1])!r} 1\n" for i in range(1, 257)]
+    vocabulary.write_text("".join(lines))
+    with pytest.raises(RWKVFileError, match=r"base.pth: has 256 tokens, --tokenizer .* 257"):
+        trainer(text, replace(TINY, tokenizer=str(vocabulary)), base)
+
+
+def test_run_from_a_checkpoint_begins_with_its_loss(text: Path, tmp_path: Path) -> None:
+    settings = replace(TINY, arch="4a", steps=20, learning_rate=0.01)
+    before = run(text, tmp_path / "base.pth", settings)
+    one = trainer(text, TINY, tmp_path / "base.pth")  # its sizes are the file's
+    assert one.evaluate(pieces=1).mean == before.held_out[20]
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "toaster"])
+def test_devices_that_are_not_there(text: Path, device: str) -> None:
+    with pytest.raises(RWKVError, match=f"--device {device}: cannot be used"):
+        Trainer(text, TINY, device=device)
 
 
 def names_in(saved: object) -> set[str]:
@@ -335,6 +351,13 @@ def test_signal_leaves_a_checkpoint(
         (b"x" * 3000, ["--learning-rate", "0"], "--learning-rate"),
         (b"x" * 3000, ["--dropout", "1"], "--dropout"),
         (b"x" * 3000, ["--precision", "int8"], "--precision"),
+        (b"x" * 3000, ["--carry", "0"], "--carry"),
+        (b"x" * 3000, ["--arch", "5"], "--arch"),
+        (b"x" * 3000, ["--tiny-dim", "4"], "--tiny-dim needs --arch"),
+        (b"x" * 3000, ["--arch", "4a", "--tiny-layer", "5"], "the model has layers 0 to 4"),
+        (b"x" * 3000, ["--device", "toaster"], "device toaster: cannot be used"),
+        (b"x" * 3000, ["--tokenizer", "words"], "unknown tokenizer 'words'"),
+        (b"\xff" * 3000, [], "text.txt: not UTF-8"),
         (None, [], "text.txt: No such file or directory"),
     ],
 )

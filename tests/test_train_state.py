@@ -1,5 +1,6 @@
 """State tuning: the learned start, its file, and that the core finds the loss that torch finds."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ torch = pytest.importorskip("torch", reason="training needs torch")
 from rwkv_cpp import RWKV, State  # noqa: E402
 from rwkv_cpp.convert import convert  # noqa: E402
 from rwkv_cpp.train.learner import Learner  # noqa: E402
+from rwkv_cpp.train.loop import Settings, Trainer  # noqa: E402
 from rwkv_cpp.train.network import Network  # noqa: E402
 from rwkv_cpp.train.state import InitialState  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
@@ -80,3 +82,18 @@ def test_every_number_of_a_state_has_a_gradient(network: Network) -> None:
     loss_of(state, torch.randint(256, (2, 20))).backward()
     assert list(state.learning()) == ["rows"]
     assert (state.rows.grad != 0).all()
+
+
+def test_learning_begins_where_documents_do(network: Network, tmp_path: Path) -> None:
+    torch.save(network.state_dict(), tmp_path / "base.pth")
+    documents = [f"{chr(65 + i)} is the first letter of line {i}" for i in range(20)]
+    lines = [json.dumps({"text": text}) for text in documents]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines), "utf-8")
+    settings = Settings(sequence=24, batch=5, tune_state=True, precision="float32")
+    run = Trainer(tmp_path / "lines.jsonl", settings, tmp_path / "base.pth")
+    batches = [run.batches.draw(step) for step in range(8)]
+    assert not any(batch.continues.any() for batch in batches)
+    firsts = {chr(row[0]) for batch in batches for row in batch.inputs}
+    # All of the documents to train on, 18 of 20, and ends of documents longer than a window.
+    assert {text[0] for text in documents[:18]} <= firsts
+    run.step()

@@ -1,5 +1,5 @@
 """Where the files of a zip archive lie, if nothing in it is compressed (torch.save compresses
-nothing).
+nothing), and a writer of such archives.
 
 What torch does not write is refused: compression, encryption, comments, two entries of one name or
 place, copies of a number that disagree. So there is one reading of an archive, and none that takes
@@ -9,6 +9,7 @@ more memory or time than its own size.
 import io
 import itertools
 import struct
+import zipfile
 import zlib
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -20,6 +21,8 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # "see the zip64 field"
 _SIZE_FOLLOWS, _UTF8 = 0x0008, 0x0800  # flags, torch sets both
+_PADDING = 0x4246  # extra field "FB"
+_ALIGNMENT = 64
 _MAX_ENTRIES = 1 << 14
 _MAX_DIRECTORY = 1 << 22
 
@@ -162,3 +165,14 @@ def _wide_numbers(extra: bytes, *numbers: int) -> list[int]:
             number = wide.pop(0)
         result.append(number)
     return result
+
+
+def write_entry(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
+    """Append a file whose data begins, as torch has it, at a multiple of 64 bytes."""
+    is_wide = len(data) >= 1 << 30  # zipfile wants to know
+    info = zipfile.ZipInfo(name)  # of 1980: the same data gives the same bytes
+    start = archive.start_dir + _LOCAL.size + len(name.encode()) + 4 + (20 if is_wide else 0)
+    padding = -start % _ALIGNMENT
+    info.extra = struct.pack("<2H", _PADDING, padding) + bytes(padding)
+    with archive.open(info, "w", force_zip64=is_wide) as entry:
+        entry.write(data)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import struct
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from . import pickles
-from .archive import Extent, checksum, read_directory, unpack
+from .archive import Extent, checksum, read_directory, unpack, write_entry
 from .atomic import replacing
 from .errors import RWKVFileError
 from .ggmf import open_regular, recognise
@@ -201,24 +202,37 @@ def _reader(head: bytes) -> _Reader | None:
     return _read_legacy_checkpoint if head[:1] == b"\x80" else None
 
 
-def write_safetensors(
-    path: Path,
-    layout: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
-    read: Callable[[str], np.ndarray],
-) -> None:
-    """Write a safetensors file; `path` appears only when complete.
+SUFFIXES = (".pth", ".safetensors")
+Layout = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
-    layout: the type (float32 or float16) and the shape of each tensor, in the order of the header.
+
+def write_checkpoint(path: Path, layout: Layout, read: Callable[[str], np.ndarray]) -> None:
+    """Write a safetensors file if that is the suffix, otherwise a PyTorch checkpoint, which
+    torch.load reads with weights_only=True; `path` appears only when complete.
+
+    layout: the type (float32 or float16) and the shape of each tensor, in their order.
     read:   gives the array of a tensor, called once for each.
     """
-    head, order = _safetensors_head(layout, {"format": "pt"})
+
+    def data(key: str) -> memoryview:
+        array = read(key)
+        if (array.dtype, array.shape) != layout[key]:
+            raise ValueError(f"{key}: {array.dtype} {array.shape}, declared as {layout[key]}")
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
     with replacing(path) as file:
-        file.write(head)
-        for key in order:
-            array = read(key)
-            if (array.dtype, array.shape) != layout[key]:
-                raise ValueError(f"{key}: {array.dtype} {array.shape}, declared as {layout[key]}")
-            file.write(np.ascontiguousarray(array).data)
+        if path.suffix == ".safetensors":
+            head, order = _safetensors_head(layout, {"format": "pt"})
+            file.write(head)
+            for key in order:
+                file.write(data(key))
+            return
+        with zipfile.ZipFile(file, "w") as archive:
+            write_entry(archive, "archive/data.pkl", _torch_pickle(layout))
+            write_entry(archive, "archive/byteorder", b"little")
+            for i, key in enumerate(layout):
+                write_entry(archive, f"archive/data/{i}", data(key))
+            write_entry(archive, "archive/version", b"3\n")
 
 
 def pack_safetensors(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
@@ -442,6 +456,20 @@ def _read_zip_checkpoint(file: BinaryIO, size: int) -> tuple[Any, dict[str, Exte
     return pickles.load(io.BytesIO(record("data.pkl")), _GLOBALS, load_storage), storages
 
 
+def _torch_pickle(layout: Layout) -> bytes:
+    """A dictionary of tensors, each with a contiguous storage of its own: '0', '1', …"""
+    torch_storages = {each.numpy: each.torch_storage for each in _TYPES}
+    no_hooks = pickles.Call(pickles.Global("collections", "OrderedDict"), ())
+    rebuild = pickles.Global("torch._utils", "_rebuild_tensor_v2")
+    tensors = {}
+    for i, (key, (dtype, shape)) in enumerate(layout.items()):
+        kind = pickles.Global("torch", torch_storages[dtype])
+        storage = pickles.Reference(("storage", kind, str(i), "cpu", math.prod(shape)))
+        strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+        tensors[key] = pickles.Call(rebuild, (storage, 0, shape, strides, False, no_hooks))
+    return pickles.dump(tensors)
+
+
 def _damaged(name: str) -> str:
     return (
         f"wrong checksum of record {name}: the file is damaged, or was saved without checksums "
@@ -514,9 +542,7 @@ def _read_legacy_checkpoint(file: BinaryIO, size: int) -> tuple[Any, dict[str, E
 _MAX_JSON = 1 << 22
 
 
-def _safetensors_head(
-    layout: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, list[str]]:
+def _safetensors_head(layout: Layout, metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
     """All that stands before the data, and the keys in the order of the data."""
     codes = {each.numpy: each.safetensors for each in _TYPES}
     # The data goes by falling size of the elements, so that every tensor is aligned.

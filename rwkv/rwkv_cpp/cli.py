@@ -25,7 +25,7 @@ COMMANDS = {
     "generate": (".generate", "Continue a text, token by token."),
     "chat": (".chat", "Chat with a model."),
     "pull": (".pull", "Download a model, convert it and keep it for all commands."),
-    "convert": (".convert", "Convert a checkpoint of RWKV-4 or 4a to a model file."),
+    "convert": (".convert", "Convert a checkpoint of RWKV-4 or 4a to a model file, or back."),
     "quantize": (".quantize", "Write a quantized copy of a model."),
     "rescale": (".rescale", "Level the outliers of a model, before it is quantized."),
     "importance": (".importance", "Measure which weights of a model matter, for quantizing."),
@@ -82,18 +82,20 @@ def main_as(name: str, *positional: str, **defaults: object) -> NoReturn:
     """Run one subcommand as a script of its own, as the scripts of 2023 are called.
 
     positional: names of the options and arguments that are arguments there, in their order; those
-    that end in "?" may be left out. defaults: of options and arguments, where the subcommand has
-    others.
+    that end in "?" may be left out; "?=WORD" for the last one: WORD in its place says so, too.
+    defaults: of options and arguments, where the subcommand has others.
     """
     command = subcommand(name)
     for parameter in command.params:
         parameter.default = defaults.get(parameter.name or "", parameter.default)
     arguments = []
     for word in positional:
-        name = word.removesuffix("?")
+        name, is_optional, nothing = word.partition("?")
+        if nothing and sys.argv[-1] == nothing.removeprefix("="):
+            del sys.argv[-1]
         parameter = next(p for p in command.params if p.name == name)
         command.params.remove(parameter)
-        if name == word:
+        if not is_optional:
             argument = click.Argument([name], type=parameter.type)
         else:
             argument = click.Argument(

@@ -14,9 +14,8 @@ import click
 
 from . import bench
 from .atomic import replacing
-from .convert import DATA_TYPES
 from .errors import RWKVFileError
-from .ggmf import read_index
+from .ggmf import DATA_TYPES, read_index
 from .info import megabytes
 from .library import RWKVSharedLibrary, load_rwkv_shared_library
 from .load_options import load_options

@@ -1,22 +1,26 @@
-"""Turns a checkpoint of RWKV-4 or RWKV-4a into a model file: `rwkv convert SRC DEST [FORMAT]`."""
+"""Turns a checkpoint of RWKV-4 or RWKV-4a into a model file: `rwkv convert SRC DEST [FORMAT]`.
+
+The way back, which the command has too, is `export`.
+"""
 
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 from tqdm import tqdm
 
 from .atomic import refuse_same_file
-from .checkpoint import open_checkpoint, write_safetensors
+from .checkpoint import SUFFIXES, open_checkpoint, write_checkpoint
 from .errors import RWKVFileError
-from .ggmf import DTYPES, FP16, FP32, LIMITS, Header, Writer
+from .export import export
+from .ggmf import DATA_TYPES, DTYPES, FP16, FP32, LIMITS, Header, Writer, is_model_file
 from .weights import check_finite, half, shape_in_file, some, transform
 
 FILE_VERSION = 101
-DATA_TYPES = {"FP32": FP32, "FP16": FP16}
 
 # The tensors of RWKV-4 and their shapes: V = n_vocab, C = n_embed, F = width of channel mixing.
 TENSORS = {
@@ -90,8 +94,8 @@ def convert(
 ) -> Header:
     """Write the weights of a checkpoint as "FP16" or "FP32"; `target` appears only when complete.
 
-    Vectors are FP32 in either case. A target named `.safetensors` gets the tensors with their names
-    and shapes in the checkpoint, for another conversion; any other name gets a model file.
+    Vectors are FP32 in either case. A target named `.pth` or `.safetensors` is such a checkpoint,
+    with the names and shapes that the tensors have in `source`; any other name gets a model file.
 
     key:       which dictionary of the checkpoint, see `open_checkpoint`.
     clamp:     values beyond the range of FP16 become its largest value; otherwise an error.
@@ -134,9 +138,9 @@ def convert(
                 progress(done, total)
             return array
 
-        if target.suffix == ".safetensors":
+        if target.suffix in SUFFIXES:
             layout = {name: (DTYPES[types[name]], shape) for name, shape in shapes.items()}
-            write_safetensors(target, layout, read)
+            write_checkpoint(target, layout, read)
         else:
             with Writer(target, header) as writer:
                 for name in names:
@@ -238,14 +242,16 @@ def _what_there_is(names: Iterable[str]) -> str:
 def command(
     source: Path, target: Path, data_type: str, key: str | None, clamp: bool, allow_nan: bool
 ) -> None:
-    """Convert a checkpoint of RWKV-4 or 4a to a model file.
+    """Convert a checkpoint of RWKV-4 or 4a to a model file, or back.
 
-    SRC is a PyTorch (.pth) or a safetensors checkpoint. FORMAT is float16 (the default) or float32.
-    A DEST that ends in .safetensors is written in that format and can be converted again. DEST
-    appears, or replaces an older file, only when it is complete.
+    What SRC is, is seen from its content: a PyTorch (.pth) or safetensors checkpoint, or a model
+    file. What DEST becomes is said by its name: a checkpoint if that ends in .pth or .safetensors,
+    otherwise a model file. A quantized model file is dequantized. FORMAT is float16 (the default)
+    or float32. DEST appears, or replaces an older file, only when it is complete.
 
     \b
     rwkv convert RWKV-4-Pile-169M-20220807-8023.pth rwkv-169M.bin float16
+    rwkv convert rwkv-169M.bin rwkv-169M.pth
     """
     with tqdm(unit=" weights", unit_scale=True, disable=None) as bar:
 
@@ -253,15 +259,14 @@ def command(
             bar.total = total
             bar.update(done - bar.n)
 
-        header = convert(
-            source,
-            target,
-            data_type.upper().replace("FLOAT", "FP"),
-            key=key,
-            clamp=clamp,
-            allow_nan=allow_nan,
-            progress=progress,
-        )
+        name = data_type.upper().replace("FLOAT", "FP")
+        options: dict[str, Any] = {"clamp": clamp, "allow_nan": allow_nan, "progress": progress}
+        if not is_model_file(source):
+            header = convert(source, target, name, key=key, **options)
+        elif key is None:
+            header = export(source, target, name, **options)
+        else:
+            raise ValueError(f"--key {key}: '{source}' is a model file, which has no dictionaries")
     click.echo(
         f"{target}: {target.stat().st_size:,} bytes, {header.n_layer} layers of {header.n_embed}, "
         f"vocabulary of {header.n_vocab}"

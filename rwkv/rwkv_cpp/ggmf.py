@@ -27,6 +27,7 @@ Buffer = bytes | memoryview
 MAGIC = 0x67676D66
 VERSIONS = (100, 101)
 FP32, FP16 = 0, 1
+DATA_TYPES = {"FP32": FP32, "FP16": FP16}
 DTYPES: dict[int, np.dtype[Any]] = {FP32: np.dtype("<f4"), FP16: np.dtype("<f2")}
 
 _HEADER = struct.Struct("<6i")
@@ -85,6 +86,12 @@ class Record:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a file begins as a model file does."""
+    with open_regular(path) as file:
+        return file.read(4) == _SIGNATURES[0][1]
 
 
 def read_index(path: Path) -> tuple[Header, list[Record]]:

@@ -22,7 +22,7 @@ import threading
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from ctypes import c_bool, c_char_p, c_double, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import c_bool, c_char_p, c_double, c_float, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -121,6 +121,21 @@ class SequenceStruct(ctypes.Structure):
     ]
 
 
+class AdapterPartStruct(ctypes.Structure):
+    """struct rwkv_adapter_part; name is bytes, pointers are addresses or None."""
+
+    _fields_ = [
+        ("name", c_char_p),
+        ("rows", c_size_t),
+        ("cols", c_size_t),
+        ("rank", c_size_t),
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("scale", c_float),
+        ("values", c_void_p),
+    ]
+
+
 _PROTOTYPES: dict[str, tuple[Any, ...]] = {  # result, arguments
     "rwkv_get_last_error_message": (c_char_p,),
     "rwkv_set_print_errors": (None, c_void_p, c_bool),
@@ -141,6 +156,14 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {  # result, arguments
         ctypes.POINTER(_LoadOptions),
         ctypes.POINTER(_Memory),
     ),
+    "rwkv_create_adapter": (
+        c_void_p,
+        c_void_p,
+        ctypes.POINTER(AdapterPartStruct),
+        c_size_t,
+        c_size_t,
+    ),
+    "rwkv_free_adapter": (None, c_void_p),
     "rwkv_get_n_vocab": (c_size_t, c_void_p),
     "rwkv_get_n_embed": (c_size_t, c_void_p),
     "rwkv_get_n_layer": (c_size_t, c_void_p),
@@ -376,6 +399,14 @@ class RWKVContext:
         self._free()
 
 
+class RWKVAdapterPointer:
+    """An adapter of the C library, freed with this object: whoever evaluates with it holds it."""
+
+    def __init__(self, library: ctypes.CDLL, address: int) -> None:
+        self.ptr = address
+        weakref.finalize(self, library.rwkv_free_adapter, address).atexit = False
+
+
 class RWKVSharedLibrary:
     """The functions of rwkv.h in the library file at `shared_library_path`.
 
@@ -517,6 +548,21 @@ class RWKVSharedLibrary:
             )
         )
         return Memory(*(getattr(memory, name) for name in Memory._fields))
+
+    # Adapters
+
+    def rwkv_create_adapter(
+        self, ctx: RWKVContext, parts: Sequence[AdapterPartStruct]
+    ) -> RWKVAdapterPointer:
+        """Make an adapter for the model of `ctx`; it is freed with what this returns."""
+        address = self._c.rwkv_create_adapter(
+            ctx.ptr,
+            (AdapterPartStruct * len(parts))(*parts),
+            len(parts),
+            ctypes.sizeof(AdapterPartStruct),
+        )
+        self._check(address, ctx.ptr)
+        return RWKVAdapterPointer(self._c, address)
 
     # Sizes
 

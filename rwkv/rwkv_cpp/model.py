@@ -6,6 +6,7 @@ torch CPU tensors are taken and given back where a caller uses them, without imp
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -19,15 +20,19 @@ from typing import Any
 import numpy as np
 
 from .errors import RWKVFileError
+from .ggmf import read_index
 from .library import (
+    AdapterPartStruct,
     FilePath,
     Progress,
+    RWKVAdapterPointer,
     RWKVContext,
     RWKVSharedLibrary,
     SequenceStruct,
     as_integer,
     load_rwkv_shared_library,
 )
+from .lora import Part, content_id, read_parts
 
 Array = Any
 """A numpy array, or a torch tensor on the CPU, of native float32."""
@@ -52,6 +57,7 @@ class RWKVSequence:
     n_logits: of how many of the last tokens logits are wanted. state_out (n_state) and logits_out
     (n_logits, n_vocab): written to if given, otherwise new arrays are made.
     want_hidden: also return what the head sees of the last token.
+    adapter: of this model; None: the model as it is.
     """
 
     tokens: Tokens
@@ -60,6 +66,7 @@ class RWKVSequence:
     logits_out: Array | None = None
     n_logits: int = 1
     want_hidden: bool = False
+    adapter: RWKVAdapter | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +97,48 @@ class Importances:
         if self.n_tokens == 0:
             raise ValueError("no token has been evaluated with these importances")
         return {name: squares / self.n_tokens for name, squares in self.squares.items()}
+
+
+class RWKVAdapter:
+    """LoRAs beside a model's weights, in memory. `RWKVModel.adapter` makes it for that model and
+    its clones; any number of them may be there, and each sequence chooses its own.
+
+    loras: the files, each with its alpha. id: 32 hexadecimal digits, the same for the same numbers.
+
+    After `free`, or the end of a `with` block, evaluating with it raises
+    RuntimeError("adapter is closed").
+    """
+
+    def __init__(
+        self, pointer: RWKVAdapterPointer, loras: tuple[tuple[Path, float], ...], content: str
+    ) -> None:
+        self._pointer: RWKVAdapterPointer | None = pointer
+        self.loras = loras
+        self.id = content
+
+    @property
+    def pointer(self) -> RWKVAdapterPointer:
+        """For C; whoever evaluates holds it meanwhile. Raises RuntimeError after `free`."""
+        if self._pointer is None:
+            raise RuntimeError("adapter is closed")
+        return self._pointer
+
+    def free(self) -> None:
+        """Free it, once running evaluations with it have ended. Freeing again does nothing."""
+        self._pointer = None
+
+    def __enter__(self) -> RWKVAdapter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.free()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an RWKVAdapter cannot be copied or pickled: make it again")
+
+    def __repr__(self) -> str:
+        loras = ", ".join(f"{path.name} alpha {alpha:g}" for path, alpha in self.loras)
+        return f"<RWKVAdapter {self.id[:8]}: {loras}>"
 
 
 class RWKVModel:
@@ -141,6 +190,7 @@ class RWKVModel:
             activations=activations,
             progress=progress,
         )
+        self._path = Path(os.fsdecode(model_path)).absolute()
         self._own(library, context)
 
     def _own(self, library: RWKVSharedLibrary, context: RWKVContext) -> None:
@@ -159,6 +209,7 @@ class RWKVModel:
         Waits for a running evaluation. Each of the two is freed on its own.
         """
         model = object.__new__(type(self))
+        model._path = self._path
         with self._using(wait=True) as context:
             model._own(self._library, self._library.rwkv_clone_context(context, thread_count))
         return model
@@ -178,6 +229,34 @@ class RWKVModel:
 
     def __reduce__(self) -> Any:
         raise TypeError("an RWKVModel cannot be copied or pickled: use clone(), or load it again")
+
+    # ---- Adapters --------------------------------------------------------------------------------
+
+    def adapter(
+        self,
+        loras: Iterable[tuple[FilePath, float]],
+        *,
+        key: str | None = None,
+        ignore_unused: bool = False,
+    ) -> RWKVAdapter:
+        """Read LoRAs, each with its alpha, as what `eval` and others take as `adapter`.
+
+        The weights stay as they are, in any format: W·x + alpha / rank · B·(A·x) is computed, and
+        vectors that a LoRA replaces are taken from it. What several LoRAs add to a matrix adds up;
+        of a vector the last one counts.
+        key: which dictionary of the files, see `open_checkpoint`. ignore_unused: go on where a LoRA
+        has tensors that the model does not have.
+
+        Raises RWKVFileError for LoRAs that do not fit the model or are damaged, ValueError for
+        other wrong numbers, OSError for files that cannot be opened.
+        """
+        files = tuple((Path(os.fsdecode(path)), float(alpha)) for path, alpha in loras)
+        shapes = {record.key: record.shape for record in read_index(self._path)[1]}
+        parts = read_parts(files, shapes, key=key, ignore_unused=ignore_unused)
+        structs = [_adapter_part(part) for part in parts]
+        with self._using(wait=True) as context:
+            pointer = self._library.rwkv_create_adapter(context, structs)
+        return RWKVAdapter(pointer, files, content_id(parts))
 
     # ---- Sizes -----------------------------------------------------------------------------------
 
@@ -219,20 +298,25 @@ class RWKVModel:
         state_out: Array | None = None,
         logits_out: Array | None = None,
         use_numpy: bool = True,
+        *,
+        adapter: RWKVAdapter | None = None,
     ) -> tuple[Array, Array]:
         """Evaluate one token of 0..n_vocab-1; return (logits, state).
 
         state_in: (n_state) float32, not changed; None for the state before the first token.
         state_out, logits_out: (n_state) and (n_vocab) float32, contiguous and writable: filled and
         returned. state_out may be state_in itself. New arrays are made for those not given:
-        tensors if any argument is a tensor, or if use_numpy is False.
+        tensors if any argument is a tensor, or if use_numpy is False. adapter: of this model.
 
         Raises ValueError for an array of another shape or type, TypeError for what is no array.
         """
         with self._using() as context:
             arrays = self._arrays((self._n_vocab,), state_in, state_out, logits_out, use_numpy)
             token = as_integer(token, "token", 0, self._n_vocab - 1)
-            self._library.rwkv_eval(context, token, *arrays.addresses())
+            if adapter is None:
+                self._library.rwkv_eval(context, token, *arrays.addresses())
+            else:
+                self._eval_adapted(context, array("I", [token]), arrays, adapter)
             return arrays.results()
 
     def eval_sequence(
@@ -242,12 +326,22 @@ class RWKVModel:
         state_out: Array | None = None,
         logits_out: Array | None = None,
         use_numpy: bool = True,
+        *,
+        adapter: RWKVAdapter | None = None,
     ) -> tuple[Array, Array]:
         """Evaluate tokens, one or more, in one pass; return (logits of the last, state).
 
-        The same as `eval` for one after the other, to the bit, and faster. Arrays as for `eval`.
+        The same as `eval` for one after the other, to the bit, and faster. Arrays and adapter as
+        for `eval`.
         """
-        return self._eval_sequence(tokens, None, state_in, state_out, logits_out, use_numpy)
+        values = self._tokens(tokens)
+        with self._using() as context:
+            arrays = self._arrays((self._n_vocab,), state_in, state_out, logits_out, use_numpy)
+            if adapter is None:
+                self._library.rwkv_eval_sequence(context, values, *arrays.addresses())
+            else:
+                self._eval_adapted(context, values, arrays, adapter)
+            return arrays.results()
 
     def eval_sequence_in_chunks(
         self,
@@ -260,26 +354,18 @@ class RWKVModel:
     ) -> tuple[Array, Array]:
         """The same as `eval_sequence`, which needs no chunks; older bindings had it."""
         chunk_size = as_integer(chunk_size, "chunk_size", 1, 2**32 - 1)
-        return self._eval_sequence(tokens, chunk_size, state_in, state_out, logits_out, use_numpy)
-
-    def _eval_sequence(
-        self,
-        tokens: Tokens,
-        chunk_size: int | None,
-        state_in: Array | None,
-        state_out: Array | None,
-        logits_out: Array | None,
-        use_numpy: bool,
-    ) -> tuple[Array, Array]:
         values = self._tokens(tokens)
         with self._using() as context:
             arrays = self._arrays((self._n_vocab,), state_in, state_out, logits_out, use_numpy)
             addresses = arrays.addresses()
-            if chunk_size is None:
-                self._library.rwkv_eval_sequence(context, values, *addresses)
-            else:
-                self._library.rwkv_eval_sequence_in_chunks(context, values, chunk_size, *addresses)
+            self._library.rwkv_eval_sequence_in_chunks(context, values, chunk_size, *addresses)
             return arrays.results()
+
+    def _eval_adapted(
+        self, context: RWKVContext, tokens: array[int], arrays: _Arrays, adapter: RWKVAdapter
+    ) -> None:
+        pointer = adapter.pointer
+        self._library.rwkv_eval_batch(context, [_sequence(tokens, arrays, 1, None, pointer)])
 
     def importances(self) -> Importances:
         """Return importances of this model, all zero so far, for `eval_batch` to add to."""
@@ -301,7 +387,7 @@ class RWKVModel:
         tokens = [self._tokens(sequence.tokens) for sequence in sequences]
         with self._using() as context:
             prepared = [self._prepare(*pair) for pair in zip(sequences, tokens, strict=True)]
-            structs = [struct for struct, _, _ in prepared]
+            structs = [struct for struct, *_ in prepared]
             if importances is None:
                 self._library.rwkv_eval_batch(context, structs)
             else:
@@ -311,30 +397,21 @@ class RWKVModel:
                 self._library.rwkv_eval_importances(context, structs, address)
                 importances.n_tokens += sum(map(len, tokens))
         results = []
-        for _, arrays, hidden in prepared:
+        for _, arrays, hidden, _ in prepared:
             logits, state = arrays.results()
             results.append(RWKVResult(state, logits, arrays.given_back(hidden)))
         return results
 
     def _prepare(
         self, sequence: RWKVSequence, tokens: array[int]
-    ) -> tuple[SequenceStruct, _Arrays, np.ndarray | None]:
-        """What C gets for a sequence, its arrays, and that of hidden."""
+    ) -> tuple[SequenceStruct, _Arrays, np.ndarray | None, RWKVAdapterPointer | None]:
+        """What C gets for a sequence, its arrays, that of hidden, and what C needs meanwhile."""
         n_logits = as_integer(sequence.n_logits, "n_logits", 0, len(tokens))
         shape = (n_logits, self._n_vocab) if n_logits else None
         arrays = self._arrays(shape, sequence.state_in, sequence.state_out, sequence.logits_out)
         hidden = np.empty(self._n_embed, np.float32) if sequence.want_hidden else None
-        state_in, state_out, logits_out = arrays.addresses()
-        struct = SequenceStruct(
-            tokens=tokens.buffer_info()[0],
-            n_tokens=len(tokens),
-            state_in=state_in,
-            state_out=state_out,
-            logits_out=logits_out,
-            n_logits=n_logits,
-            hidden_out=_address(hidden),
-        )
-        return struct, arrays, hidden
+        pointer = None if sequence.adapter is None else sequence.adapter.pointer
+        return _sequence(tokens, arrays, n_logits, hidden, pointer), arrays, hidden, pointer
 
     def _arrays(
         self,
@@ -428,6 +505,40 @@ class _Arrays:
         if argument is not None:
             return argument
         return array if self._torch is None or array is None else self._torch.from_numpy(array)
+
+
+def _sequence(
+    tokens: array[int],
+    arrays: _Arrays,
+    n_logits: int,
+    hidden: np.ndarray | None,
+    adapter: RWKVAdapterPointer | None,
+) -> SequenceStruct:
+    state_in, state_out, logits_out = arrays.addresses()
+    return SequenceStruct(
+        tokens=tokens.buffer_info()[0],
+        n_tokens=len(tokens),
+        state_in=state_in,
+        state_out=state_out,
+        logits_out=logits_out,
+        n_logits=n_logits,
+        hidden_out=_address(hidden),
+        adapter=None if adapter is None else adapter.ptr,
+    )
+
+
+def _adapter_part(part: Part) -> AdapterPartStruct:
+    """What C gets for a part, whose arrays have to live meanwhile."""
+    return AdapterPartStruct(
+        name=part.name.encode(),
+        rows=math.prod(part.shape[:-1]),
+        cols=part.shape[-1],
+        rank=0 if part.a is None else len(part.a),
+        a=_address(part.a),
+        b=_address(part.b),
+        scale=part.scale,
+        values=_address(part.values),
+    )
 
 
 def _address(array: np.ndarray | None) -> int | None:

@@ -24,9 +24,9 @@ from pathlib import Path
 
 from .atomic import replacing
 from .checkpoint import is_checkpoint
-from .convert import DATA_TYPES, convert
+from .convert import convert
 from .errors import ModelNotFound, RWKVError, RWKVFileError
-from .ggmf import MAGIC, open_regular, read_index
+from .ggmf import DATA_TYPES, is_model_file, open_regular, read_index
 from .library import load_rwkv_shared_library
 from .model import embedded_model
 from .progress import Progress
@@ -323,8 +323,6 @@ def _looks_like_model(path: Path) -> bool:
     if path.suffix not in SUFFIXES:
         return False
     try:
-        with open_regular(path) as file:
-            is_model = file.read(4) == MAGIC.to_bytes(4, "little")
-        return is_model or is_checkpoint(path)
+        return is_model_file(path) or is_checkpoint(path)
     except (OSError, RWKVFileError):
         return False

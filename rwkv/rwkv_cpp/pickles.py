@@ -1,4 +1,5 @@
-"""Reads pickles of plain data without Python's unpickler, so that nothing in them can run.
+"""Reads pickles of plain data without Python's unpickler, so that nothing in them can run, and
+writes the few that torch.load needs.
 
 A pickle is a program for a small stack machine. This one knows the opcodes that torch.save writes
 (protocols 2 to 5): scalars, strings, tuples, lists, dictionaries. A global is looked up in a table
@@ -8,9 +9,10 @@ that the caller gives, and only functions out of that table can be called.
 import io
 import pickletools
 import reprlib
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 MAX_BYTES = 1 << 24
 _MAX_OPCODES = 200_000  # the largest RWKV-4 takes 30,000
@@ -166,3 +168,53 @@ def _set_items(target: dict[Any, Any], items: list[Any]) -> None:
         if key in target:
             raise ValueError(f"a dictionary holds the key {shorten(key)} twice")
         target[key] = value
+
+
+class Global(NamedTuple):
+    """What unpickling looks up by its name."""
+
+    module: str
+    name: str
+
+
+class Call(NamedTuple):
+    """What unpickling makes by calling a function."""
+
+    function: Global
+    arguments: tuple[Any, ...]
+
+
+class Reference(NamedTuple):
+    """What unpickling asks persistent_load for."""
+
+    identity: tuple[Any, ...]
+
+
+def dump(value: Any) -> bytes:
+    """The pickle, of protocol 2, of a value made of these, dictionaries, tuples, strings, integers
+    and booleans."""
+    return b"\x80\x02" + _dumped(value) + b"."
+
+
+def _dumped(value: Any) -> bytes:
+    match value:
+        case Global(module, name):
+            return b"c" + f"{module}\n{name}\n".encode()
+        case Call(function, arguments):
+            return _dumped(function) + _dumped(arguments) + b"R"
+        case Reference(identity):
+            return _dumped(identity) + b"Q"
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int():
+            size = value.bit_length() // 8 + 1
+            return b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)
+        case str():
+            data = value.encode()
+            return b"X" + struct.pack("<I", len(data)) + data
+        case tuple():
+            return b"(" + b"".join(map(_dumped, value)) + b"t"
+        case dict():
+            items = (_dumped(key) + _dumped(item) for key, item in value.items())
+            return b"}(" + b"".join(items) + b"u"
+    raise TypeError(f"a pickle of {shorten(value)}")

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
-from .convert import DATA_TYPES
 from .download import downloaded
 from .errors import ModelNotFound, VocabularyNotFound
-from .ggmf import read_index
+from .ggmf import DATA_TYPES, read_index
 from .info import megabytes
 from .models import cache_model, cached_models, known_format, models_folder, unfinished_folder
 from .progress import Progress, progress_bar

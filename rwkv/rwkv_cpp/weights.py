@@ -11,6 +11,7 @@ import numpy as np
 from .errors import RWKVFileError
 
 _LARGEST_HALF = 65504
+_SMALLEST_DECAY = -104.0  # from here on down exp(w) is 0 in float32
 
 
 def shape_in_file(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -28,6 +29,30 @@ def transform(where: str, name: str, array: np.ndarray, allow_nan: bool = False)
     if not allow_nan:
         check_finite(f"{where} as -exp(w)", array)
     return array
+
+
+def shape_in_checkpoint(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that released checkpoints have for a tensor of a model file."""
+    return (1, 1, *shape) if ".time_mix_" in name else shape
+
+
+def restore(where: str, name: str, array: np.ndarray) -> np.ndarray:
+    """A float32 tensor of a model file as checkpoints hold it: time_decay is w there, not -exp(w).
+
+    Where the file was made from a float32 w, `transform` gives the same file again; w itself may
+    differ in its last bits if it lies between -1 and 1, where -exp(w) has fewer of them.
+    """
+    array = array.reshape(shape_in_checkpoint(name, array.shape))
+    if not name.endswith(".time_decay"):
+        return array
+    positive = np.count_nonzero(array > 0)
+    if positive:
+        raise RWKVFileError(
+            f"{where}: {positive} of {array.size} values are above 0, expected -exp(w)"
+        )
+    with np.errstate(divide="ignore"):
+        w = np.log(-array.astype(np.float64))
+    return np.where(array == 0, _SMALLEST_DECAY, w).astype(np.float32)  # rounded once
 
 
 def check_finite(where: str, array: np.ndarray, advice: str = "") -> None:

@@ -10,13 +10,32 @@ Dot products of integers are computed in float64, where their partial sums, belo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from . import quants
 from .quants import F32, Tensor
+
+
+@dataclass(eq=False)
+class Adapted(Tensor):
+    """A matrix with an adapter beside it: B·A, both FP32, the scale in B already."""
+
+    a: Tensor
+    b: np.ndarray
+
+    @staticmethod
+    def of_parts(weight: Tensor, parts: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> Adapted:
+        """parts: A (rank, cols), B (rows, rank) and its scale, of LoRAs one after the other."""
+        a = np.concatenate([a for a, _, _ in parts])
+        b = np.concatenate([b * F32(scale) for _, b, scale in parts], axis=1)
+        fields = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
+        return Adapted(**fields, a=Tensor.of(101, "FP32", a), b=b)
+
 
 Model = Mapping[str, Tensor]
 Product = Callable[[Tensor, np.ndarray], np.ndarray]
@@ -222,10 +241,16 @@ def exp(x: np.ndarray) -> np.ndarray:
 def matmul(weight: Tensor, x: np.ndarray, activations: str) -> np.ndarray:
     """(tokens, rows): each row of x, (tokens, cols) float32, times the weight (rows, cols)."""
     if weight.name not in quants.PLAIN:
-        return quantized_matmul(weight, x, STEPS["A16" if activations == "bf16" else activations])
-    if activations == "bf16":
-        return bf16_matmul(weight, x)
-    return plain_matmul(weight, x)
+        y = quantized_matmul(weight, x, STEPS["A16" if activations == "bf16" else activations])
+    elif activations == "bf16":
+        y = bf16_matmul(weight, x)
+    else:
+        y = plain_matmul(weight, x)
+    if isinstance(weight, Adapted):
+        narrow = plain_matmul(weight.a, x)
+        for i in range(narrow.shape[1]):
+            y = fma(narrow[:, i, None], weight.b[:, i], y)
+    return y
 
 
 def plain_matmul(weight: Tensor, x: np.ndarray) -> np.ndarray:

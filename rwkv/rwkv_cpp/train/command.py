@@ -215,6 +215,8 @@ def command(
             click.echo("stopped, --resume goes on", err=True)
             context.exit(128 + stopped_by[0])
         draw_curve(target.with_suffix(".png"), progress, settings.sequence)
+        if settings.lora_rank:
+            click.echo(f"rwkv merge-lora MODEL {target} {settings.lora_alpha:g} MERGED")
     finally:
         bar.close()
         for number, handler in before.items():

@@ -153,8 +153,9 @@ class Trainer:
         self.text_hash = hash_of(data.tokens, data.documents)
         train, self.held_out = split(data, HELD_OUT)
         shape = (settings.batch, settings.sequence, settings.seed)
-        if settings.carry:
-            self.batches: Windows | Streams = Streams(train, *shape, settings.carry)
+        # A state is learned where documents begin; each window of a long one counts as one.
+        if n_windows := 1 if settings.tune_state else settings.carry:
+            self.batches: Windows | Streams = Streams(train, *shape, n_windows)
         else:
             self.batches = Windows(train, *shape)
         if self.held_out.tokens.size < 2:
@@ -246,6 +247,7 @@ class Trainer:
         """Held-out loss of the averaged weights, in float32."""
         settings = self.settings
         rows = max(settings.batch // settings.accumulate, 1)
+        pieces = max(min(pieces, self.held_out.tokens.size // (settings.sequence + 1)), 1)
         loss = held_out_loss(
             self.averaged, self.held_out, settings.sequence, rows=rows, pieces=pieces
         )
