@@ -305,6 +305,7 @@ uint64_t lay_out(Scratch & s, const Shape & shape, size_t rank, uint8_t * base) 
     for (Rows * r : {&s.x, &s.xx, &s.k, &s.v, &s.r}) rows(*r, max_rows, shape.n_embed, false);
     rows(s.ffn, max_rows, shape.n_ffn, true);
     for (Rows * r : {&s.tiny_q, &s.tiny_k}) rows(*r, max_rows, shape.n_tiny, false);
+    s.tiny_m = (float *)take(shape.n_tiny * (uint64_t)shape.n_embed * sizeof(float));
     rows(s.logits, max_logit_rows, shape.n_vocab, false);
     return used;
 }
@@ -550,16 +551,22 @@ struct Forward : Pass {
         });
     }
 
-    // The recurrence for some channels; few at a time, so that their part of M stays in the cache.
+    // The recurrence for some channels, few at a time: their columns of M are brought together,
+    // since rows of M that are a power of two apart would meet in one place of the cache.
     void attend(const Segment & segment, size_t first, size_t last) const {
         constexpr size_t few = 2 * GGML_ROW_UNIT;
-        const float scale = 1 / std::sqrt((float)shape.n_tiny);
-        float * m = segment.run->state + length_of_layers(shape);
+        const size_t d = shape.n_tiny;
+        const float scale = 1 / std::sqrt((float)d);
+        float * part = s.tiny_m + first * d;
         for (size_t c = first; c < last; c += few) {
+            const size_t width = std::min(few, last - c), size = width * sizeof(float);
+            float * m = segment.run->state + length_of_layers(shape) + c;
+            for (size_t i = 0; i < d; i++) std::memcpy(part + i * width, m + i * n, size);
             for (size_t t = segment.first; t < segment.last; t++) {
-                kernels.linear_attention(shape.n_tiny, std::min(few, last - c), s.tiny_q[t],
-                                         s.tiny_k[t], s.v[t] + c, scale, m + c, n, s.x[t] + c);
+                kernels.linear_attention(d, width, s.tiny_q[t], s.tiny_k[t], s.v[t] + c, scale,
+                                         part, width, s.x[t] + c);
             }
+            for (size_t i = 0; i < d; i++) std::memcpy(m + i * n, part + i * width, size);
         }
     }
 

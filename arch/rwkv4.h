@@ -75,6 +75,7 @@ struct Scratch {
     Rows y;          /* weighted average of values; output of a mixing */
     Rows ffn;        /* hidden layer of channel mixing */
     Rows tiny_q, tiny_k;
+    float * tiny_m; /* columns of M */
     Rows logits;
     size_t rank; /* of the adapters that there is room for */
 };
