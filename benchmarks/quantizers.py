@@ -3,7 +3,7 @@
 python benchmarks/quantizers.py model.bin training.txt held-out.txt
 
 Importances are measured on the first 20,000 tokens of the training text, divergence and loss on the
-first 10,000 of the held-out one. Prints the tables of docs/quantization.md.
+first 4,000 of the held-out one. Prints the tables of docs/quantization.md.
 """
 
 import sys
@@ -21,10 +21,10 @@ from rwkv_cpp.scoring import Mean, compare_logits, independent_blocks, mean
 from rwkv_cpp.target_size import quantize_to_size
 from rwkv_cpp.texts import read_text
 
-CALIBRATION, HELD_OUT = 20_000, 10_000
+CALIBRATION, HELD_OUT = 20_000, 4_000
 OUTLIERS = 0.01  # the share of the rows of ffn.key that become
 FACTORS = (8, 16, 32)  # times as long: powers of two, so that the function stays to the bit
-METHODS = ("rtn", "mse", "importance")
+MIX = "Q4_1"  # whose bytes a mix of formats gets, too
 
 
 def write_outliers(source: Path, target: Path) -> None:
@@ -74,15 +74,13 @@ def judge_version(folder: Path, model: Path, training: Sequence[int], judge: Jud
     """Print the tables of one version of a model."""
     level = folder / "level.bin"
     rescale(model, level)
-    importances = {}
-    for path in (model, level):
-        importances[path] = path.with_suffix(".importances")
-        with RWKVModel(None, path) as loaded:
-            write_importances(importances[path], loaded, collect(loaded, [training]))
+    importances = {path: measure_importances(folder, path, training) for path in (model, level)}
     columns = {
-        f"{method}{', rescaled' if path == level else ''}": (path, method)
-        for path in (model, level)
-        for method in METHODS
+        "rtn": (model, "rtn"),
+        "mse": (model, "mse"),
+        "importance": (model, "importance"),
+        "rescaled, rtn": (level, "rtn"),
+        "rescaled, importance": (level, "importance"),
     }
     target = folder / "quantized.bin"
     rows = []
@@ -94,18 +92,32 @@ def judge_version(folder: Path, model: Path, training: Sequence[int], judge: Jud
             quantize_file(path, target, name, method=method, importances=given)
             cells.append(judge.compare(target))
         rows.append((name, target.stat().st_size, cells))
-    show("KL divergence", columns, rows, lambda cell: f"{cell[0].value:.5f}")
+    show("KL divergence", columns, rows, lambda cell: f"{cell[0].value:.3g}")
     show("change of the loss", columns, rows, lambda cell: f"{cell[1].value:+.5f}")
     kl, loss = np.array([[[m.error for m in cell] for cell in cells] for *_, cells in rows]).T.max(
         axis=(1, 2)
     )
-    print(f"± at most {kl:.5f} (divergence) and {loss:.5f} (loss), one standard error.\n")
-    print("| bytes of | bytes | mix, KL divergence | change of the loss |\n|---|---:|---:|---:|")
-    for name, size, _ in rows:
-        mix = quantize_to_size(model, target, size)
-        found, change = judge.compare(target)
-        print(f"| {name} | {mix.measured.n_bytes:,} | {found.value:.5f} | {change.value:+.5f} |")
-    print()
+    print(f"± at most {kl:.2g} (divergence) and {loss:.2g} (loss), one standard error.\n")
+
+
+def judge_mix(folder: Path, model: Path, training: Sequence[int], judge: Judge) -> None:
+    """Print what a mix of formats loses in the bytes of MIX."""
+    uniform, target = folder / "uniform.bin", folder / "mix.bin"
+    quantize_file(model, uniform, MIX)
+    importances = measure_importances(folder, model, training)
+    mix = quantize_to_size(model, target, uniform.stat().st_size, importances=importances)
+    divergence, change = judge.compare(target)
+    print(
+        f"A mix of formats in {mix.measured.n_bytes:,} bytes, by importance: divergence "
+        f"{divergence.value:.3g}, change of the loss {change.value:+.5f}."
+    )
+
+
+def measure_importances(folder: Path, model: Path, training: Sequence[int]) -> Path:
+    target = folder / f"{model.stem}.importances"
+    with RWKVModel(None, model) as loaded:
+        write_importances(target, loaded, collect(loaded, [training]))
+    return target
 
 
 def show(
@@ -131,6 +143,7 @@ def main(model: Path, training: Path, held_out: Path) -> None:
         for title, path in (("as it is", model), ("with outliers", outliers)):
             print(f"### {model.stem}, {title}\n")
             judge_version(Path(name), path, calibration[:CALIBRATION], judge)
+        judge_mix(Path(name), model, calibration[:CALIBRATION], judge)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from commands import rwkv
 from models import random_model, read_model, write_model
 from rwkv_cpp import NonFiniteLogits, RWKVFileError, RWKVModel, load_tokenizer
 from rwkv_cpp import target_size as module
+from rwkv_cpp.importance import collect, write_importances
 from rwkv_cpp.perplexity import measure
 from rwkv_cpp.quantize import bytes_of, quantize_file
 from rwkv_cpp.target_size import best_choice, own_words, quantize_to_size, table
@@ -141,11 +142,23 @@ def test_sizes_at_both_ends(tmp_path, source):
     assert not target.exists()
 
 
-def test_formats_of_version_100(tmp_path, source):
-    target = tmp_path / "mix.bin"
+def test_formats_of_version_100_by_importance(tmp_path, source):
+    target, importances = tmp_path / "mix.bin", tmp_path / "importances.bin"
+    with RWKVModel(None, source, 1) as model:
+        write_importances(importances, model, collect(model, [list(TEXT)]))
     mix = quantize_to_size(
-        source, target, bytes_of("70%", source), tokens=TEXT[:100], file_version=100
+        source,
+        target,
+        bytes_of("70%", source),
+        tokens=TEXT[:100],
+        file_version=100,
+        importances=importances,
     )
+    options = {"types": mix.types, "file_version": 100, "importances": importances}
+    quantize_file(source, tmp_path / "same.bin", "Q4_0", **options)
+    same = read_model(tmp_path / "same.bin")
+    for key, tensor in read_model(target).items():
+        assert tensor.data.tobytes() == same[key].data.tobytes()
     assert list(mix.uniform) == [
         *("Q4_0", "Q4_1", "Q4_1_O", "Q4_2", "Q4_3"),
         *("Q5_0", "Q5_1", "Q8_0"),

@@ -58,7 +58,7 @@ def quantize_file(
         allow_nan=allow_nan,
         head=head and format_name_of(library, head),
         types=types and _types(library, types),
-        method=_method(method, importances),
+        method=method or ("rtn" if importances is None else "importance"),
         importances=importances,
         progress=progress,
     )
@@ -70,10 +70,6 @@ def _types(library: RWKVSharedLibrary, text: str) -> str:
     return ",".join(
         f"{pattern}{sign}{format_name_of(library, name)}" for pattern, sign, name in rules
     )
-
-
-def _method(method: str | None, importances: Path | None) -> str:
-    return method or ("rtn" if importances is None else "importance")
 
 
 def file_formats(library: RWKVSharedLibrary) -> Iterator[str]:
@@ -215,7 +211,6 @@ def _quantize_to_size(
     if text is not None:
         header, _ = read_index(source)
         tokens = load_tokenizer(header.n_vocab, vocabulary, source).encode(read_text(text))
-    options["method"] = _method(options["method"], options["importances"])
     with progress_bar() as report:
         mix = quantize_to_size(source, target, n_bytes, tokens=tokens, progress=report, **options)
     click.echo(f"{table(mix)}\n")
