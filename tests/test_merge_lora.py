@@ -244,7 +244,10 @@ def test_another_model(refused):
     deeper = random_lora(1) | {
         key.replace("blocks.1.", "blocks.2."): values for key, values in random_lora(1).items()
     }
-    refused(deeper, r"no tensors for blocks\.2\..* and 17 more; is .* another model\? --ignore")
+    refused(
+        deeper,
+        r"no tensors for blocks\.2\..* and 17 more; is .* another model\? .merge-lora --ignore",
+    )
     wider = {key: np.repeat(each, 2, axis=-1) for key, each in random_lora(1).items()}
     refused(
         wider, r"'blocks\.0\.ln1\.weight' is 64, in the model it is 32; nor does .* and \d+ more"
@@ -494,7 +497,7 @@ def test_command_errors(tmp_path, source, arguments, code, text):
 def test_page(tmp_path):
     """docs/lora.md shows what its commands print."""
     page = (ROOT / "docs" / "lora.md").read_text("utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    code, beside = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
     (session,) = re.findall(r"^```\n(\$.*?)^```", page, re.M | re.S)
     done = run([sys.executable, "-c", code], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -505,3 +508,5 @@ def test_page(tmp_path):
         done = rwkv(*words[1:], cwd=tmp_path, env=environment(COLUMNS="100"))
         shown += f"$ {line}\n{done.stdout}{done.stderr}"
     assert shown == session
+    done = run([sys.executable, "-c", beside], cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")

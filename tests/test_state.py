@@ -30,6 +30,7 @@ class Model:
     n_state: int = 40
     fingerprint: Fingerprint = FINGERPRINT
     arithmetic: str = "A16"
+    adapter: None = None
 
 
 def make_state(seed: int = 0, **options) -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from .generation import (
     read_until,
     text_of,
 )
-from .model import RWKVResult, RWKVSequence
+from .model import RWKVAdapter, RWKVResult, RWKVSequence
 from .reading import Evaluate, advanced
 from .sampling import Sampler, Sampling, TokenLogprob, log_softmax, top_logprobs
 from .state import State
@@ -88,9 +88,10 @@ class _Beam:
     logits: np.ndarray
     sampler: Sampler
     logprobs: list[TokenLogprob]
+    adapter: RWKVAdapter | None
 
     def next(self) -> RWKVSequence:
-        return RWKVSequence(self.tokens[-1:], self.values)
+        return RWKVSequence(self.tokens[-1:], self.values, adapter=self.adapter)
 
     def take(self, result: RWKVResult) -> None:
         self.values, self.logits = result.state, result.logits[0]  # type: ignore[index]
@@ -118,7 +119,8 @@ class _Search:
         self._num_beams = sampler.sampling.num_beams
         self._length_penalty = sampler.sampling.length_penalty
         self._texts: list[_Text] = []
-        self.follow([_Beam([], 0.0, start.values, np.array(start.logits), sampler, [])])
+        logits = np.array(start.logits)
+        self.follow([_Beam([], 0.0, start.values, logits, sampler, [], start.adapter)])
 
     def step(self) -> list[_Beam]:
         """The beams that go on from those there are, each still to be evaluated."""
@@ -203,7 +205,8 @@ class _Search:
         logprobs = beam.logprobs
         if self._rules.logprobs is not None:
             logprobs = [*logprobs, top_logprobs(beam.logits, token, self._rules.logprobs)]
-        return _Beam([*beam.tokens, token], total, beam.values, beam.logits, sampler, logprobs)
+        tokens = [*beam.tokens, token]
+        return replace(beam, tokens=tokens, total=total, sampler=sampler, logprobs=logprobs)
 
     def _is_stopped(self, beam: _Beam) -> bool:
         """Whether a stop string has ended it, as one of the texts."""

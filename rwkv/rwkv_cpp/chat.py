@@ -19,7 +19,7 @@ from .chat_commands import MAX_MESSAGE_CHARACTERS, Chat, completions, told_notic
 from .conversation import MAX_TOKENS, Conversation
 from .conversation_store import ConversationStore
 from .library import MAX_THREADS
-from .load_options import load_options, model_option
+from .load_options import load_options, lora_option, model_option
 from .progress import Progress, progress_bar
 from .sampling_options import sampling_options
 from .terminal import harmless
@@ -233,6 +233,7 @@ def _starts() -> PrefixCache:
     help="Vocabulary file.  [default: looked for]",
 )
 @functools.partial(sampling_options, as_changes=True)
+@lora_option
 @load_options
 def command(
     model_path: Path | None,
@@ -242,6 +243,7 @@ def command(
     threads: int | None,
     vocabulary: Path | None,
     sampling: dict[str, Any],
+    lora: tuple[tuple[Path, float], ...],
     options: dict[str, Any],
 ) -> None:
     """Chat with a model.
@@ -268,7 +270,7 @@ def command(
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     screen = TerminalScreen(store) if on_terminal else PipeScreen()
     starts = _starts()
-    with RWKV(model_path, vocabulary=vocabulary, n_threads=threads, **options) as model:
+    with RWKV(model_path, vocabulary=vocabulary, n_threads=threads, lora=lora, **options) as model:
         with told_notices(screen):
             if saved is not None:
                 conversation = saved.open(model, screen.progress, starts)

@@ -27,14 +27,17 @@ _DIGEST_BYTES = 16
 class Fingerprint:
     """The ids of one model file, computed when they are first asked for.
 
+    adapter_id: of LoRAs beside its weights, which make another family of it; None: there are none.
     Equal for files of the same exact id. Raises RWKVFileError when an id is asked for and the file
     is no model file, or was replaced since this object was made: the model in memory may then be
     another one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, adapter_id: str | None = None) -> None:
         self._path = path.absolute()
+        self._adapter_id = adapter_id
         self._status = _status(self._path)
+        self._family_of_file: str | None = None
         self._family: str | None = None
         self._exact: str | None = None
 
@@ -42,32 +45,37 @@ class Fingerprint:
     def known(cls, family: str, exact: str) -> Fingerprint:
         """Of a model whose file is not at hand."""
         self = cls.__new__(cls)
-        self._path, self._status = Path(), ()
+        self._path, self._status, self._adapter_id = Path(), (), None
         self._family, self._exact = family, exact
         return self
 
     @property
     def family(self) -> str:
         if self._family is None:
-            self._family = self._unchanged(family_id(self._path))
+            self._family_of_file = family_id(self._path)
+            self._family = self._adapted(self._family_of_file)
         return self._family
 
     @property
     def exact(self) -> str:
         if self._exact is None:
-            self._exact = self._unchanged(_exact_id(self._path, self.family))
+            known = self._family_of_file or family_id(self._path)
+            self._exact = self._adapted(_exact_id(self._path, known))
         return self._exact
 
-    def _unchanged(self, value: str) -> str:
+    def _adapted(self, value: str) -> str:
+        """An id of the file as one of the model with the adapter."""
         if _status(self._path) != self._status:
             raise RWKVFileError(f"{self._path}: the file was replaced since the model was loaded")
-        return value
+        return value if self._adapter_id is None else _joined(value, self._adapter_id)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Fingerprint):
             return NotImplemented
         same_file = self._status and (self._path, self._status) == (other._path, other._status)
-        return bool(same_file) or self.exact == other.exact
+        if same_file and self._adapter_id == other._adapter_id:
+            return True
+        return self.exact == other.exact
 
     def __hash__(self) -> int:
         return hash(self.exact)
@@ -113,6 +121,10 @@ def _exact_id(path: Path, family: str) -> str:
             for start, length in _samples(record.nbytes):
                 digest.update(_bytes(path, file, record.offset + start, length))
     return digest.hexdigest()
+
+
+def _joined(*ids: str) -> str:
+    return hashlib.blake2b("+".join(ids).encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def _sorted(records: list[Record]) -> list[Record]:

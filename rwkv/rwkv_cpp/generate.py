@@ -13,7 +13,7 @@ import click
 
 from .generation import Completion
 from .library import MAX_THREADS
-from .load_options import load_options, model_option
+from .load_options import load_options, lora_option, model_option
 from .progress import progress_bar
 from .rwkv import RWKV
 from .sampling import Sampling
@@ -102,6 +102,7 @@ def _unescaped(text: str) -> str:
     type=click.Path(path_type=Path),
     help="Vocabulary file.  [default: looked for]",
 )
+@lora_option
 @load_options
 def command(
     prompt: str,
@@ -121,6 +122,7 @@ def command(
     sampling: Sampling,
     threads: int | None,
     vocabulary: Path | None,
+    lora: tuple[tuple[Path, float], ...],
     options: dict[str, Any],
 ) -> None:
     """Continue a text, token by token.
@@ -145,7 +147,7 @@ def command(
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs goes with --json")
     state = None if load_state is None else State.load(load_state)
-    with RWKV(model_path, vocabulary=vocabulary, n_threads=threads, **options) as model:
+    with RWKV(model_path, vocabulary=vocabulary, n_threads=threads, lora=lora, **options) as model:
         if not text and state is None:
             token = first_token(model.tokenizer)
             what = "token 0 (end of text)" if token == 0 else "a newline"

@@ -321,7 +321,8 @@ class _Track:
         values, _ = self._buffers[which]
         values_out, logits_out = self._buffers[1 - which]
         self._tokens[n_tokens:] = [token]
-        return RWKVSequence((token,), values, values_out, logits_out[None])
+        adapter = self._start.adapter
+        return RWKVSequence((token,), values, values_out, logits_out[None], adapter=adapter)
 
     def advance(self) -> None:
         which, n_tokens = self._at

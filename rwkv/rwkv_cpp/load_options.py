@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -85,6 +86,18 @@ _OPTIONS = {
         "with more memory.  [default: A16]",
     ),
 }
+
+
+def lora_option(command: Command) -> Command:
+    """Adds --lora to a command, which gets `lora`, pairs of a file and its alpha, as RWKV does."""
+    return click.option(
+        "--lora",
+        metavar="LORA ALPHA",
+        type=(click.Path(path_type=Path), float),
+        multiple=True,
+        help="A LoRA beside the model, in any format, and the alpha that it was trained with; may "
+        "be given several times.",
+    )(command)
 
 
 def load_options(command: Command) -> Command:

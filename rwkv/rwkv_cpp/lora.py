@@ -184,7 +184,7 @@ def _plan(
     if unused and not ignore_unused:
         raise RWKVFileError(
             f"{lora.path}: the model has no tensors for {some(unused)}; "
-            "is the LoRA for another model? --ignore-unused leaves them out"
+            "is the LoRA for another model? (merge-lora --ignore-unused leaves them out)"
         )
     misfits = {name: _replacement_misfit(lora, name, shapes[name]) for name in replaced}
     misfits |= {name: _factors_misfit(lora, keys, shapes[name]) for name, keys in factors.items()}

@@ -239,7 +239,7 @@ class RWKVModel:
         key: str | None = None,
         ignore_unused: bool = False,
     ) -> RWKVAdapter:
-        """Read LoRAs, each with its alpha, as what `eval` and others take as `adapter`.
+        """Read LoRAs, each with its alpha, as what `eval` and sequences take as `adapter`.
 
         The weights stay as they are, in any format: W·x + alpha / rank · B·(A·x) is computed, and
         vectors that a LoRA replaces are taken from it. What several LoRAs add to a matrix adds up;

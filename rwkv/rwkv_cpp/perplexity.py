@@ -18,8 +18,8 @@ from tqdm import tqdm
 from .errors import RWKVFileError
 from .fingerprint import family_id
 from .library import MAX_THREADS
-from .load_options import Command, load_options, model_option
-from .model import RWKVModel, embedded_model
+from .load_options import Command, load_options, lora_option, model_option
+from .model import RWKVAdapter, RWKVModel, embedded_model
 from .models import find_model
 from .progress import progress_bar
 from .scoring import Comparisons, Mean, Scores, independent_blocks, mean, score
@@ -75,6 +75,7 @@ def measure(
     *,
     skip: int = 0,
     base: RWKVModel | None = None,
+    adapter: RWKVAdapter | None = None,
     progress: Callable[[int, float], object] | None = None,
 ) -> Perplexity:
     """Score each token of some documents by the probability that the model gives it after the
@@ -82,6 +83,7 @@ def measure(
 
     Each document begins with the empty state. Its first token, which nothing comes before, and its
     first `skip` ones are not scored. base: another file of the same model to compare with.
+    adapter: of `model`.
     progress: called with the tokens read so far and the loss per scored token, NaN before there is
     one.
 
@@ -100,7 +102,7 @@ def measure(
     began = time.perf_counter()
     scores: list[Scores] = []
     loss, n_scored = 0.0, 0
-    for done, new in score(model, documents, skip=skip, base=base):
+    for done, new in score(model, documents, skip=skip, base=base, adapter=adapter):
         scores += new
         loss = math.fsum([loss, *(part.losses.sum() for part in new)])
         n_scored += sum(len(part.tokens) for part in new)
@@ -214,6 +216,7 @@ _TEXT_OPTIONS = {
 )
 @text_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@lora_option
 @load_options
 def command(
     text: Path,
@@ -225,6 +228,7 @@ def command(
     threads: int | None,
     vocabulary: Path | None,
     as_json: bool,
+    lora: tuple[tuple[Path, float], ...],
     options: dict[str, Any],
 ) -> None:
     """Measure how well a model predicts a text.
@@ -247,11 +251,12 @@ def command(
     with RWKVModel(None, path, threads, **options) as model:
         tokenizer = load_tokenizer(model.n_vocab, vocabulary, path)
         documents = first_tokens([tokenizer.encode(part) for part in texts], limit)
+        adapter = model.adapter(lora) if lora else None
         if base_path is None:
-            result = _measure(model, tokenizer, documents, skip)
+            result = _measure(model, tokenizer, documents, skip, adapter)
         else:
             with RWKVModel(None, base_path, threads) as base_model:
-                result = _measure(model, tokenizer, documents, skip, base_model)
+                result = _measure(model, tokenizer, documents, skip, adapter, base_model)
     shown = figures(result)
     click.echo(json.dumps(members(shown)) if as_json else _table(shown))
 
@@ -261,6 +266,7 @@ def _measure(
     tokenizer: Tokenizer,
     documents: list[list[int]],
     skip: int,
+    adapter: RWKVAdapter | None,
     base: RWKVModel | None = None,
 ) -> Perplexity:
     """With a bar: time left, loss so far."""
@@ -270,7 +276,9 @@ def _measure(
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update(done - bar.n)
 
-        return measure(model, tokenizer, documents, skip=skip, base=base, progress=progress)
+        return measure(
+            model, tokenizer, documents, skip=skip, base=base, adapter=adapter, progress=progress
+        )
 
 
 def figures(result: Perplexity) -> dict[str, Figure]:

@@ -73,7 +73,9 @@ class Reading:
     def next(self, n_tokens: int, score: bool) -> RWKVSequence:
         chunk = self._tokens[self._done : self._done + n_tokens]
         is_last = len(chunk) == self.left
-        return RWKVSequence(chunk, self._values, n_logits=len(chunk) if score else int(is_last))
+        n_logits = len(chunk) if score else int(is_last)
+        adapter = self._start.adapter
+        return RWKVSequence(chunk, self._values, n_logits=n_logits, adapter=adapter)
 
     def take(self, sequence: RWKVSequence, result: RWKVResult, score: bool) -> None:
         chunk = sequence.tokens
@@ -143,4 +145,5 @@ def advanced(
         n_generated=n_generated,
         fingerprint=start.fingerprint,
         arithmetic=start.arithmetic,
+        adapter=start.adapter,
     )

@@ -63,6 +63,7 @@ class RWKV:
     n_threads: 1..1024; None: all physical cores that this process may use.
     prefix_cache: of what was read already. It serves all calls whose state, if any, is not foreign.
     progress: called as (what is being done, done, in all) while the model is made and loaded.
+    lora: LoRA files, each with its alpha, beside the weights: see `RWKVModel.adapter`.
     options: of RWKVModel.
 
     Safe to use from several threads: each call evaluates on a context of its own, and all share the
@@ -82,17 +83,18 @@ class RWKV:
         format: str | None = None,
         prefix_cache: PrefixCache | None = None,
         progress: Progress | None = None,
+        lora: Iterable[tuple[FilePath, float]] = (),
         **options: Any,
     ) -> None:
         named = None if path is None else Path(os.fsdecode(path))
         self.path = find_model(named, format, progress).absolute()
-        self.fingerprint = Fingerprint(self.path)
         self._given = {"vocabulary": vocabulary, "n_threads": n_threads, **options}
         self._vocabulary = vocabulary
         self._prefix_cache = prefix_cache
         loading = None if progress is None else partial(progress, "loading")
         model = RWKVModel(None, self.path, n_threads, progress=loading, **options)
         self._contexts = _Contexts(model, n_threads)
+        self._set_lora(lora)
         self.n_vocab = model.n_vocab
         self.n_embed = model.n_embed
         self.n_layer = model.n_layer
@@ -101,6 +103,29 @@ class RWKV:
             f"{name} {options.get(name) or default}"
             for name, default in (("activations", "A16"), ("head", "as in the file"))
         )
+
+    def _set_lora(self, lora: Iterable[tuple[FilePath, float]]) -> None:
+        model = self._contexts.model
+        self.lora = tuple((Path(os.fsdecode(path)), alpha) for path, alpha in lora)
+        self.adapter = model.adapter(self.lora) if self.lora else None
+        self.fingerprint = Fingerprint(self.path, None if self.adapter is None else self.adapter.id)
+
+    def with_lora(self, lora: Iterable[tuple[FilePath, float]]) -> RWKV:
+        """The same weights in memory with other LoRAs beside them, each with its alpha, or none.
+
+        Both models may be used at the same time, and each is freed on its own. A state belongs to
+        one of them. Raises what `RWKVModel.adapter` does.
+        """
+        model = object.__new__(type(self))
+        model.__dict__.update(self.__dict__)
+        model.__dict__.pop("_empty", None)
+        model._contexts = self._contexts.copy()
+        try:
+            model._set_lora(lora)
+        except BaseException:
+            model._contexts.close()
+            raise
+        return model
 
     @classmethod
     def from_pretrained(cls, name: str, format: str | None = None, **options: Any) -> RWKV:
@@ -111,11 +136,13 @@ class RWKV:
         return cls(pull(name, format, options.get("progress")), **options)
 
     def __reduce__(self) -> Any:
-        return _load, (self.path, self._given)
+        return _load, (self.path, self._given | {"lora": self.lora})
 
     def free(self) -> None:
         """Free the model, once running evaluations have ended. Freeing again does nothing."""
         self._contexts.close()
+        if self.adapter is not None:
+            self.adapter.free()
 
     def __enter__(self) -> RWKV:
         return self
@@ -124,7 +151,8 @@ class RWKV:
         self.free()
 
     def __repr__(self) -> str:
-        return f"<RWKV {self.path.name}: {self.n_layer} layers of {self.n_embed}>"
+        loras = "".join(f", {path.name} alpha {alpha:g}" for path, alpha in self.lora)
+        return f"<RWKV {self.path.name}: {self.n_layer} layers of {self.n_embed}{loras}>"
 
     # ---- What it is ------------------------------------------------------------------------------
 
@@ -285,6 +313,7 @@ class RWKV:
         time_limit: float | None = None,
         cancel: Callable[[], object] | None = None,
         progress: Progress | None = None,
+        models: Sequence[RWKV] | None = None,
         **fields: Any,
     ) -> Completion | list[Completion]:
         """Go on with a prompt, or with each of a list of prompts at once.
@@ -304,6 +333,8 @@ class RWKV:
         - time_limit: seconds after which all ends, prompts too.
         - cancel: called before each token and each chunk of a prompt; if true, all ends.
         - progress: called as ("reading", tokens read, in all) after each chunk of the prompts.
+        - models: for each prompt of a list the model that goes on with it: this one, or what
+          `with_lora` made of it. All are evaluated together.
 
         Returns a Completion; for a list of prompts, or n > 1, a list of them: the n answers to the
         first prompt, then those to the next.
@@ -326,6 +357,7 @@ class RWKV:
             time_limit=time_limit,
             cancel=cancel,
             progress=progress,
+            models=models,
             **fields,
         )
         for _ in generation.run():
@@ -368,6 +400,7 @@ class RWKV:
         prompts: list[Any],
         state: State | Sequence[State] | None,
         sampling: Sampling | None,
+        models: Sequence[RWKV] | None = None,
         **options: Any,
     ) -> Generation:
         """Everything checked, nothing evaluated yet."""
@@ -392,7 +425,13 @@ class RWKV:
         states: list[Any] = [*state] if isinstance(state, (list, tuple)) else [state] * len(prompts)
         if len(states) != len(prompts):
             raise ValueError(f"state: expected one, or {len(prompts)}, found {len(states)}")
-        starts = [self._prompt(*pair) for pair in zip(prompts, states, strict=True)]
+        models = [self] * len(prompts) if models is None else [*models]
+        if len(models) != len(prompts):
+            raise ValueError(f"models: expected {len(prompts)}, one a prompt, found {len(models)}")
+        starts = [
+            model._prompt(prompt, state)
+            for model, prompt, state in zip(models, prompts, states, strict=True)
+        ]
         kind = BeamSearch if sampling.num_beams > 1 else SampledAnswers
         return kind(self._evaluate, self.tokenizer, starts, rules, sampling)
 
@@ -431,6 +470,7 @@ class RWKV:
             n_embed=self.n_embed,
             fingerprint=self.fingerprint,
             arithmetic=self.arithmetic,
+            adapter=self.adapter,
         )
 
     def _tokens(self, text: Text, name: str) -> list[int]:
@@ -450,10 +490,14 @@ class _Contexts:
     """Contexts on the weights of one model, as many as are in use at once."""
 
     def __init__(self, model: RWKVModel, n_threads: int | None) -> None:
-        self._model = model  # evaluates nothing, so that it can be cloned at any time
+        self.model = model  # evaluates nothing, so that it can be cloned at any time
         self._n_threads = n_threads
         self._idle: deque[RWKVModel] = deque()  # append() and pop() need no lock
         self._closed = False
+
+    def copy(self) -> _Contexts:
+        """Contexts of their own on the same weights."""
+        return _Contexts(self.model.clone(self._n_threads), self._n_threads)
 
     @contextmanager
     def one(self) -> Iterator[RWKVModel]:
@@ -462,7 +506,7 @@ class _Contexts:
         try:
             model = self._idle.pop()
         except IndexError:
-            model = self._model.clone(self._n_threads)
+            model = self.model.clone(self._n_threads)
         try:
             yield model
         except Exception:
@@ -479,7 +523,7 @@ class _Contexts:
 
     def close(self) -> None:
         self._closed = True
-        self._model.free()
+        self.model.free()
         with suppress(IndexError):
             while True:
                 self._idle.pop().free()

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import NonFiniteLogits
-from .model import RWKVModel, RWKVSequence
+from .model import RWKVAdapter, RWKVModel, RWKVSequence
 
 Floats = npt.NDArray[np.float64]
 
@@ -162,16 +162,18 @@ def score(
     *,
     skip: int = 0,
     base: RWKVModel | None = None,
+    adapter: RWKVAdapter | None = None,
 ) -> Iterator[tuple[int, list[Scores]]]:
     """Yield, call by call, the number of tokens read so far and what was scored in the call.
 
     Each document begins with the empty state. Its first token, which nothing comes before, and its
     first `skip` ones are read and not scored. base: a model of the same vocabulary to compare with.
+    adapter: of `model`.
 
     Raises NonFiniteLogits if logits hold NaN or infinity.
     """
     first = max(skip, 1)
-    readers = [_Reader(model), *([] if base is None else [_Reader(base)])]
+    readers = [_Reader(model, adapter), *([] if base is None else [_Reader(base)])]
     done = 0
     for pieces in chunks([len(tokens) for tokens in documents], chunk_size(model.n_vocab)):
         rows = [reader.read(documents, pieces, first) for reader in readers]
@@ -225,8 +227,9 @@ def chunks(lengths: Sequence[int], size: int) -> Iterator[list[Piece]]:
 class _Reader:
     """A model, and its state where the last chunk ended."""
 
-    def __init__(self, model: RWKVModel) -> None:
+    def __init__(self, model: RWKVModel, adapter: RWKVAdapter | None = None) -> None:
         self._model = model
+        self._adapter = adapter
         self._state: Any = None
 
     def read(
@@ -239,7 +242,10 @@ class _Reader:
             last = min(end, len(tokens) - 1)  # logits of `end - 1` predict `end`
             n_logits = end - max(start, first - 1) if last >= max(start + 1, first) else 0
             state = self._state if start else None
-            sequences.append(RWKVSequence(tokens[start:end], state, n_logits=n_logits))
+            sequence = RWKVSequence(
+                tokens[start:end], state, n_logits=n_logits, adapter=self._adapter
+            )
+            sequences.append(sequence)
         results = self._model.eval_batch(sequences)
         self._state = results[-1].state
         return [result.logits for result in results]

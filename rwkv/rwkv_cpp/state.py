@@ -18,7 +18,7 @@ import warnings
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from .fingerprint import Fingerprint
 from .ggmf import open_regular, recognise
 from .library import FilePath, as_integer
 from .state_layouts import PARTS, as_float32, layout
+
+if TYPE_CHECKING:
+    from .model import RWKVAdapter
 
 ARCH, ARCH_4A = "rwkv4", "rwkv4a"
 FORMAT, FORMAT_VERSION = "rwkv-state", "1"
@@ -66,6 +69,10 @@ class Model(Protocol):
     def arithmetic(self) -> str:
         """The options by which the bits of this model differ from those of others on its file."""
 
+    @property
+    def adapter(self) -> RWKVAdapter | None:
+        """What this model evaluates with beside its weights; `fingerprint` tells it, too."""
+
 
 class State:
     """The state of one sequence.
@@ -80,6 +87,7 @@ class State:
     arithmetic:  the model's `arithmetic`, if `values` are, to the bit, what it makes of `tokens`
                  from an empty start. None if not: imported, rounded, moved between formats. Whoever
                  writes into the arrays sets it to None, so that no prefix cache takes them for it.
+    adapter:     the model's `adapter`, as `for_model` sets it. It is not saved.
 
     The arrays become the state's own: they are copied only if they are read-only or not contiguous.
     Raises ValueError or TypeError for arrays of other shapes or types.
@@ -96,6 +104,7 @@ class State:
         n_generated: int = 0,
         fingerprint: Fingerprint | None = None,
         arithmetic: str | None = None,
+        adapter: RWKVAdapter | None = None,
     ) -> None:
         self.n_layer = as_integer(n_layer, "n_layer", 1, 1 << 10)
         self.values = _vector("values", values)
@@ -117,6 +126,7 @@ class State:
         self.n_generated = as_integer(n_generated, "n_generated", 0, len(self.tokens))
         self.fingerprint = fingerprint
         self.arithmetic = arithmetic
+        self.adapter = adapter
 
     @property
     def layers(self) -> np.ndarray:
@@ -180,6 +190,7 @@ class State:
             n_generated=self.n_generated,
             fingerprint=self.fingerprint,
             arithmetic=self.arithmetic,
+            adapter=self.adapter,
         )
 
     def __copy__(self) -> State:
@@ -217,13 +228,14 @@ class State:
                 f"the state is of a model of {n_vocab} tokens, this model has {model.n_vocab}"
             )
         result.fingerprint = model.fingerprint
+        result.adapter = model.adapter
         if self.fingerprint is None or self.arithmetic != model.arithmetic:
             result.arithmetic = None
         if self.fingerprint is not None and self.fingerprint != model.fingerprint:
             if self.family != model.fingerprint.family:
                 raise ForeignState(
                     f"the state belongs to another model, of family {self.family}, this model is "
-                    f"of family {model.fingerprint.family}"
+                    f"of family {model.fingerprint.family} (other LoRAs make another one, too)"
                 )
             result.arithmetic = None
             warnings.warn(
