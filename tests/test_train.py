@@ -354,6 +354,7 @@ def test_signal_leaves_a_checkpoint(
         (b"x" * 3000, ["--carry", "0"], "--carry"),
         (b"x" * 3000, ["--arch", "5"], "--arch"),
         (b"x" * 3000, ["--tiny-dim", "4"], "--tiny-dim needs --arch"),
+        (b"x" * 3000, ["--arch", "4", "--tiny-dim", "4"], "need --arch 4a"),
         (b"x" * 3000, ["--arch", "4a", "--tiny-layer", "5"], "the model has layers 0 to 4"),
         (b"x" * 3000, ["--device", "toaster"], "device toaster: cannot be used"),
         (b"x" * 3000, ["--tokenizer", "words"], "unknown tokenizer 'words'"),

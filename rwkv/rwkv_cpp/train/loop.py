@@ -111,6 +111,8 @@ def new_network(settings: Settings, n_vocab: int) -> Network:
     """One of random weights. RWKV-4a's attention is half as wide as the layers and stands after
     three quarters of them unless the settings say otherwise."""
     n_layer, tiny = settings.n_layer, {}
+    if settings.arch != "4a" and (settings.tiny_dim, settings.tiny_layer) != (None, None):
+        raise ValueError("--tiny-dim and --tiny-layer need --arch 4a")
     if settings.arch == "4a":
         layer = 3 * n_layer // 4 if settings.tiny_layer is None else settings.tiny_layer
         if layer >= n_layer:
