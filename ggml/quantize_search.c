@@ -13,7 +13,7 @@
 #include "blocks.h"
 #include "fp16.h"
 
-enum { LANES = 8 };
+enum { LANES = 16 };
 
 typedef float lanes[LANES];
 
@@ -25,6 +25,7 @@ struct search {
     lanes sum;              /* of w, without the outlier's */
     lanes base;             /* the error of the outlier */
     int outlier[LANES];     /* its place, or layout->size */
+    lanes outlier_w;        /* what its w was: it is 0 now */
     struct {
         lanes d, m, error;
         int outlier[LANES];
@@ -36,32 +37,50 @@ static float stored(const struct search * s, float scale) {
 }
 
 /* The nearest code, less zero; adding 1.5 * 2^23 leaves no room for a fraction. */
-static float nearest(const struct search * s, float steps) {
-    float clamped = steps > s->low ? (steps < s->high ? steps : s->high) : s->low;
-    return (clamped + 12582912.0f) - 12582912.0f;
+static float nearest(float steps, float low, float high) {
+    float bounded = steps > low ? steps : low;
+    bounded = bounded < high ? bounded : high;
+    return (bounded + 12582912.0f) - 12582912.0f;
+}
+
+/* Sums over a block, of w times … */
+struct sums {
+    lanes rr, r, rq, q, qq; /* r: what is left of x */
+};
+
+/* What the nearest codes leave: a function of its own, whose pointers compilers know to be apart.
+ */
+static void add_up(const struct search * restrict s, const float * restrict d,
+                   const float * restrict m, const float * restrict id,
+                   struct sums * restrict sums) {
+    const float low = s->low, high = s->high;
+    for (int k = 0; k < s->layout->size; k++) {
+        for (int l = 0; l < LANES; l++) {
+            float x = s->x[k][l], w = s->w[k][l];
+            float q = nearest((x - m[l]) * id[l], low, high);
+            float r = x - (q * d[l] + m[l]);
+            float wr = w * r, wq = w * q;
+            sums->rr[l] += wr * r;
+            sums->r[l] += wr;
+            sums->rq[l] += wr * q;
+            sums->q[l] += wq;
+            sums->qq[l] += wq * q;
+        }
+    }
 }
 
 /* Keeps d and m where they are the best so far, and moves them to what fits their codes best. */
 static void attempt(struct search * s, lanes d, lanes m) {
-    lanes id, error, r1 = {0}, rq = {0}, q1 = {0}, qq = {0}; /* w times r·r, r, r·q, q, q·q */
+    lanes id;
+    struct sums sums = {0};
     for (int l = 0; l < LANES; l++) {
         d[l] = stored(s, d[l]);
         m[l] = stored(s, m[l]);
         id[l] = d[l] != 0 ? 1 / d[l] : 0;
-        error[l] = s->base[l];
+        sums.rr[l] = s->base[l];
     }
-    for (int k = 0; k < s->layout->size; k++) {
-        for (int l = 0; l < LANES; l++) {
-            float q = nearest(s, (s->x[k][l] - m[l]) * id[l]);
-            float r = s->x[k][l] - (q * d[l] + m[l]);
-            float w = k == s->outlier[l] ? 0 : s->w[k][l];
-            error[l] += w * r * r;
-            r1[l] += w * r;
-            rq[l] += w * r * q;
-            q1[l] += w * q;
-            qq[l] += w * q * q;
-        }
-    }
+    add_up(s, d, m, id, &sums);
+    const float *error = sums.rr, *r1 = sums.r, *rq = sums.rq, *q1 = sums.q, *qq = sums.qq;
     for (int l = 0; l < LANES; l++) {
         if (error[l] < s->best.error[l]) {
             s->best.error[l] = error[l];
@@ -81,11 +100,10 @@ static void attempt(struct search * s, lanes d, lanes m) {
     }
 }
 
-enum { STEPS = 3 };
-
-/* A start and where it leads. */
-static void descend(struct search * s, lanes d, lanes m) {
-    for (int step = 0; step < STEPS; step++) attempt(s, d, m);
+/* A start, and where that leads. */
+static void start(struct search * s, lanes d, lanes m) {
+    attempt(s, d, m);
+    attempt(s, d, m);
 }
 
 /* Formats without a minimum: the largest weight gets a code that is near the outermost, on either
@@ -102,7 +120,7 @@ static void search_scale(struct search * s) {
             const float code = i < 9 ? limit + 0.8f - 0.35f * step : limit * (step - 4) * 0.25f;
             lanes d, m = {0};
             for (int l = 0; l < LANES; l++) d[l] = (float)side * top[l] / code;
-            descend(s, d, m);
+            start(s, d, m);
         }
     }
 }
@@ -117,30 +135,37 @@ static void search_range(struct search * s) {
     for (int k = 0; k < s->layout->size; k++) {
         for (int l = 0; l < LANES; l++) {
             if (k == s->outlier[l]) continue;
-            min[l] = s->x[k][l] < min[l] ? s->x[k][l] : min[l];
-            max[l] = s->x[k][l] > max[l] ? s->x[k][l] : max[l];
+            min[l] = fminf(min[l], s->x[k][l]);
+            max[l] = fmaxf(max[l], s->x[k][l]);
         }
     }
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 5; i++) {
         for (int j = 0; j < 3; j++) {
             lanes d, m;
             for (int l = 0; l < LANES; l++) {
-                float range = max[l] - min[l], part = 1.04f - 0.08f * (float)i;
+                float range = max[l] - min[l], part = 1.04f - 0.12f * (float)i;
                 d[l] = part * range / s->high;
                 m[l] = min[l] + (1 - part) * (0.5f * (float)j) * range;
             }
-            descend(s, d, m);
+            start(s, d, m);
         }
     }
 }
 
+/* Puts weight k of a block apart (layout->size: none), in place of the one that was. */
 static void set_outlier(struct search * s, int l, int k) {
+    const int size = s->layout->size, before = s->outlier[l];
+    if (before < size) s->w[before][l] = s->outlier_w[l];
     s->outlier[l] = k;
-    s->sum[l] = s->base[l] = 0;
-    for (int i = 0; i < s->layout->size; i++) s->sum[l] += i == k ? 0 : s->w[i][l];
-    if (k >= s->layout->size) return;
-    float r = s->x[k][l] - fp16_to_fp32(fp32_to_fp16(s->x[k][l]));
-    s->base[l] = s->w[k][l] * r * r;
+    s->base[l] = 0;
+    if (k < size) {
+        float r = s->x[k][l] - fp16_to_fp32(fp32_to_fp16(s->x[k][l]));
+        s->outlier_w[l] = s->w[k][l];
+        s->base[l] = s->w[k][l] * r * r;
+        s->w[k][l] = 0;
+    }
+    s->sum[l] = 0;
+    for (int i = 0; i < size; i++) s->sum[l] += s->w[i][l];
 }
 
 /* Q4_1_O: the smallest weight, the largest, or the one whose distance from the mean counts most. */
@@ -148,6 +173,7 @@ static void search_outlier(struct search * s) {
     int places[3][LANES] = {{0}};
     for (int l = 0; l < LANES; l++) {
         float mean = 0, top = 0;
+        set_outlier(s, l, s->layout->size);
         for (int k = 0; k < s->layout->size; k++) mean += s->w[k][l] * s->x[k][l];
         for (int k = 0; k < s->layout->size; k++) {
             float r = s->x[k][l] - mean, count = s->w[k][l] * r * r;
@@ -165,11 +191,23 @@ static void search_outlier(struct search * s) {
     }
 }
 
+/* Follows the best to the bottom of its valley. */
+static void polish(struct search * s) {
+    lanes d, m;
+    for (int l = 0; l < LANES; l++) {
+        set_outlier(s, l, s->best.outlier[l]);
+        d[l] = s->best.d[l];
+        m[l] = s->best.m[l];
+    }
+    for (int i = 0; i < 4; i++) attempt(s, d, m);
+}
+
 /* Weights and what they count for: those of a block add up to 1. */
 static void load(struct search * s, int l, const float * x, const float * importances) {
     const int size = s->layout->size;
     double sum = 0;
     for (int k = 0; k < size && importances != NULL; k++) sum += importances[k];
+    s->outlier[l] = size;
     for (int k = 0; k < size; k++) {
         s->x[k][l] = x[k];
         s->w[k][l] = sum > 0 ? (float)(importances[k] / sum) : 1.0f / (float)size;
@@ -202,7 +240,7 @@ void ggml_search_row(enum ggml_type type, const float * x, const float * importa
             const size_t i = first + (size_t)l < n_blocks ? first + (size_t)l : n_blocks - 1;
             load(&s, l, x + i * size, importances == NULL ? NULL : importances + i * size);
             ggml_block_unpack(type, bytes + i * block_bytes, &rule[l]);
-            set_outlier(&s, l, layout->outlier ? rule[l].index : layout->size);
+            set_outlier(&s, l, rule[l].index < size ? rule[l].index : (int)size);
             d[l] = rule[l].d;
             m[l] = layout->min ? rule[l].m : 0;
             s.best.error[l] = INFINITY;
@@ -210,7 +248,6 @@ void ggml_search_row(enum ggml_type type, const float * x, const float * importa
         attempt(&s, d, m);
         for (int l = 0; l < LANES; l++)
             stands[l] = !(s.best.error[l] > 0 && s.best.error[l] < INFINITY);
-        descend(&s, d, m);
         if (layout->outlier) {
             search_outlier(&s);
         } else if (layout->min) {
@@ -218,6 +255,7 @@ void ggml_search_row(enum ggml_type type, const float * x, const float * importa
         } else {
             search_scale(&s);
         }
+        polish(&s);
         for (int l = 0; l < LANES && first + (size_t)l < n_blocks; l++) {
             if (stands[l]) continue;
             struct ggml_block * block = &rule[l];
@@ -225,7 +263,7 @@ void ggml_search_row(enum ggml_type type, const float * x, const float * importa
             block->m = s.best.m[l];
             float id = block->d != 0 ? 1 / block->d : 0;
             for (size_t k = 0; k < size; k++) {
-                float q = nearest(&s, (s.x[k][l] - s.best.m[l]) * id);
+                float q = nearest((s.x[k][l] - s.best.m[l]) * id, s.low, s.high);
                 block->q[k] = (uint8_t)((int)q + layout->zero);
             }
             if (layout->outlier) {
