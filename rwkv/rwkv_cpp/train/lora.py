@@ -53,7 +53,7 @@ class LoRA(Learner):
         unknown = [part for part in parts if part not in PARTS]
         if unknown or not parts:
             raise ValueError(
-                f"lora_parts: {', '.join(unknown)!r}, expected some of {', '.join(PARTS)}"
+                f"--lora-parts: {', '.join(unknown)!r}, expected some of {', '.join(PARTS)}"
             )
         super().__init__(network.requires_grad_(False))
         for block in network.blocks:
