@@ -74,6 +74,20 @@ def test_the_same_file_again(tmp_path, data_type, suffix):
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
 
+def test_a_tiny_attention_passes_through(tmp_path):
+    sizes = {"n_vocab": 50, "n_embed": 32, "n_layer": 2, "n_tiny": 16, "tiny_layer": 1}
+    write_model(tmp_path / "a.bin", random_model(1, **sizes), "FP16")
+    export(tmp_path / "a.bin", tmp_path / "a.pth")
+    with open_checkpoint(tmp_path / "a.pth") as checkpoint:
+        assert checkpoint.shape("blocks.1.tiny_q.weight") == (16, 32)
+    convert(tmp_path / "a.pth", tmp_path / "b.bin")
+    tensors = [read_model(tmp_path / name) for name in ("a.bin", "b.bin")]
+    assert list(tensors[0]) == list(tensors[1])
+    for key in tensors[0]:
+        if not key.endswith("time_decay"):
+            assert np.array_equal(tensors[0][key].data, tensors[1][key].data), key
+
+
 def test_decays_of_every_size(tmp_path):
     """-exp(w) comes back to the bit for whatever float32 w; w itself too, where it is beyond 1, and
     elsewhere within the rounding of exp(w)."""
