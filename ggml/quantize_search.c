@@ -48,8 +48,7 @@ struct sums {
     lanes rr, r, rq, q, qq; /* r: what is left of x */
 };
 
-/* What the nearest codes leave: a function of its own, whose pointers compilers know to be apart.
- */
+/* What the nearest codes leave. In its own function, compilers know the pointers to be apart. */
 static void add_up(const struct search * restrict s, const float * restrict d,
                    const float * restrict m, const float * restrict id,
                    struct sums * restrict sums) {
@@ -135,8 +134,8 @@ static void search_range(struct search * s) {
     for (int k = 0; k < s->layout->size; k++) {
         for (int l = 0; l < LANES; l++) {
             if (k == s->outlier[l]) continue;
-            min[l] = fminf(min[l], s->x[k][l]);
-            max[l] = fmaxf(max[l], s->x[k][l]);
+            min[l] = s->x[k][l] < min[l] ? s->x[k][l] : min[l]; /* fminf may take either zero */
+            max[l] = s->x[k][l] > max[l] ? s->x[k][l] : max[l];
         }
     }
     for (int i = 0; i < 5; i++) {
