@@ -176,14 +176,27 @@ def test_importances_of_what_fails(model, tmp_path):
     state = np.zeros(N_STATE, np.float32)
     with pytest.raises(ValueError, match="overlap"):
         model.eval_batch([RWKVSequence([1], state_out=state)] * 2, importances)
-    write_model(tmp_path / "other.bin", random_model(1, N_VOCAB, 64, N_LAYER))
-    with (
-        RWKVModel(None, tmp_path / "other.bin", 1) as other,
-        pytest.raises(ValueError, match="another model"),
-    ):
-        other.eval_batch([RWKVSequence([1])], importances)
+    same = random_model(1, N_VOCAB, N_EMBED, N_LAYER)
+    for tensors in (random_model(1, N_VOCAB, 64, N_LAYER), dict(reversed(same.items()))):
+        write_model(tmp_path / "other.bin", tensors)
+        with (
+            RWKVModel(None, tmp_path / "other.bin", 1) as other,
+            pytest.raises(ValueError, match="another model"),
+        ):
+            other.eval_batch([RWKVSequence([1])], importances)
     np.testing.assert_array_equal(importances.flat, before)
     assert importances.n_tokens == 2
+
+
+# ---- adapters ----
+
+
+def test_what_is_no_adapter(model):
+    words = "adapter must be an RWKVAdapter, not str"
+    with pytest.raises(TypeError, match=words):
+        model.eval(1, None, adapter="poems.pth")
+    with pytest.raises(TypeError, match=words):
+        model.eval_batch([RWKVSequence([1], adapter="poems.pth")])
 
 
 # ---- P-01: closed ----

@@ -364,7 +364,7 @@ class RWKVModel:
     def _eval_adapted(
         self, context: RWKVContext, tokens: array[int], arrays: _Arrays, adapter: RWKVAdapter
     ) -> None:
-        pointer = adapter.pointer
+        pointer = _pointer(adapter)
         self._library.rwkv_eval_batch(context, [_sequence(tokens, arrays, 1, None, pointer)])
 
     def importances(self) -> Importances:
@@ -391,7 +391,8 @@ class RWKVModel:
             if importances is None:
                 self._library.rwkv_eval_batch(context, structs)
             else:
-                if self._library.rwkv_get_matrices(context) != importances.cols:
+                matrices = self._library.rwkv_get_matrices(context)
+                if list(matrices.items()) != list(importances.cols.items()):  # in this order
                     raise ValueError("these importances are those of another model")
                 address = importances.flat.ctypes.data
                 self._library.rwkv_eval_importances(context, structs, address)
@@ -410,7 +411,7 @@ class RWKVModel:
         shape = (n_logits, self._n_vocab) if n_logits else None
         arrays = self._arrays(shape, sequence.state_in, sequence.state_out, sequence.logits_out)
         hidden = np.empty(self._n_embed, np.float32) if sequence.want_hidden else None
-        pointer = None if sequence.adapter is None else sequence.adapter.pointer
+        pointer = None if sequence.adapter is None else _pointer(sequence.adapter)
         return _sequence(tokens, arrays, n_logits, hidden, pointer), arrays, hidden, pointer
 
     def _arrays(
@@ -525,6 +526,12 @@ def _sequence(
         hidden_out=_address(hidden),
         adapter=None if adapter is None else adapter.ptr,
     )
+
+
+def _pointer(adapter: RWKVAdapter) -> RWKVAdapterPointer:
+    if not isinstance(adapter, RWKVAdapter):
+        raise TypeError(f"adapter must be an RWKVAdapter, not {type(adapter).__name__}")
+    return adapter.pointer
 
 
 def _adapter_part(part: Part) -> AdapterPartStruct:
