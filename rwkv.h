@@ -212,8 +212,8 @@ RWKV_API void rwkv_free_adapter(struct rwkv_adapter * adapter);
 RWKV_API size_t rwkv_get_n_vocab(const struct rwkv_context * ctx);
 RWKV_API size_t rwkv_get_n_embed(const struct rwkv_context * ctx);
 RWKV_API size_t rwkv_get_n_layer(const struct rwkv_context * ctx);
-/* Floats in a state: of each layer 5 * n_embed and, in RWKV-4a, the tiny attention's n_tiny * n_embed
- * at the end. */
+/* Floats in a state: of each layer 5 * n_embed and, in RWKV-4a, the tiny attention's
+ * n_tiny * n_embed at the end. */
 RWKV_API size_t rwkv_get_state_len(const struct rwkv_context * ctx);
 RWKV_API size_t rwkv_get_logits_len(const struct rwkv_context * ctx); /* floats, of a token */
 RWKV_API uint32_t rwkv_get_state_buffer_element_count(const struct rwkv_context * ctx);
@@ -335,8 +335,8 @@ RWKV_API size_t rwkv_get_row_size(uint32_t file_version, uint32_t data_type, siz
 /* Writes a row of n weights, as files of version_in hold it in type_in, the way that files of
  * version_out hold it in type_out. Between the versions of one format the codes stay and only the
  * scales are rounded; between formats the weights are dequantized and quantized by the rule of the
- * other. A scale or a weight may become infinite; a Q4_1_O block without sense is an error. Rows of
- * multiples of 32 weights that lie one after the other may be given as one. `in` and `out`:
+ * other, and a Q4_1_O block without sense is an error. A scale or a weight may become infinite.
+ * Rows of multiples of 32 weights that lie one after the other may be given as one. `in` and `out`:
  * rwkv_get_row_size(…, n) bytes, apart from each other. Since 1002. */
 RWKV_API bool rwkv_convert_row(uint32_t version_in, uint32_t type_in, const void * in,
                                uint32_t version_out, uint32_t type_out, void * out, size_t n);
