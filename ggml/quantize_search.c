@@ -138,11 +138,12 @@ static void search_range(struct search * s) {
             max[l] = s->x[k][l] > max[l] ? s->x[k][l] : max[l];
         }
     }
-    for (int i = 0; i < 5; i++) {
+    const int n = s->layout->outlier ? 7 : 12; /* which is searched twice */
+    for (int i = 0; i < n; i++) {
         for (int j = 0; j < 3; j++) {
             lanes d, m;
             for (int l = 0; l < LANES; l++) {
-                float range = max[l] - min[l], part = 1.04f - 0.12f * (float)i;
+                float range = max[l] - min[l], part = 1.04f - 0.6f * (float)i / (float)n;
                 d[l] = part * range / s->high;
                 m[l] = min[l] + (1 - part) * (0.5f * (float)j) * range;
             }
@@ -167,25 +168,23 @@ static void set_outlier(struct search * s, int l, int k) {
     for (int i = 0; i < size; i++) s->sum[l] += s->w[i][l];
 }
 
-/* Q4_1_O: the smallest weight, the largest, or the one whose distance from the mean counts most. */
+/* Q4_1_O: on either side of the mean, the weight whose distance from it counts most. */
 static void search_outlier(struct search * s) {
-    int places[3][LANES] = {{0}};
-    for (int l = 0; l < LANES; l++) {
-        float mean = 0, top = 0;
-        set_outlier(s, l, s->layout->size);
-        for (int k = 0; k < s->layout->size; k++) mean += s->w[k][l] * s->x[k][l];
-        for (int k = 0; k < s->layout->size; k++) {
-            float r = s->x[k][l] - mean, count = s->w[k][l] * r * r;
-            if (s->x[k][l] < s->x[places[0][l]][l]) places[0][l] = k;
-            if (s->x[k][l] > s->x[places[1][l]][l]) places[1][l] = k;
-            if (count > top) {
-                top = count;
-                places[2][l] = k;
+    for (int side = -1; side <= 1; side += 2) {
+        for (int l = 0; l < LANES; l++) {
+            set_outlier(s, l, s->layout->size);
+            float mean = 0, top = -1;
+            int place = 0;
+            for (int k = 0; k < s->layout->size; k++) mean += s->w[k][l] * s->x[k][l];
+            for (int k = 0; k < s->layout->size; k++) {
+                float r = (float)side * (s->x[k][l] - mean), count = s->w[k][l] * r * r;
+                if (r >= 0 && count > top) {
+                    top = count;
+                    place = k;
+                }
             }
+            set_outlier(s, l, place);
         }
-    }
-    for (int i = 0; i < 3; i++) {
-        for (int l = 0; l < LANES; l++) set_outlier(s, l, places[i][l]);
         search_range(s);
     }
 }
