@@ -281,12 +281,13 @@ static fs::path folder_of(const fs::path & file) {
     return file.has_parent_path() ? file.parent_path() : fs::path(".");
 }
 
-OutputFile::OutputFile(const char * path, const char * source)
+OutputFile::OutputFile(const char * path, std::initializer_list<const char *> sources)
     : path_(path), target_(os::path(path_)) {
     const fs::path folder = folder_of(target_);
     const std::string name = target_.filename().u8string();
     std::error_code ignored;
-    if (fs::equivalent(target_, os::path(source), ignored)) {
+    for (const char * source : sources) {
+        if (source == nullptr || !fs::equivalent(target_, os::path(source), ignored)) continue;
         fail(RWKV_ERROR_ARGS,
              "%s: is the same file as the input (choose another path for the output)", path);
     }

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <initializer_list>
 #include <string>
 
 namespace rwkv {
@@ -59,7 +60,8 @@ void prefer_huge_pages(void * data, uint64_t n);
  * what a killed process left there for the same target is removed by the next one. */
 class OutputFile {
   public:
-    OutputFile(const char * path, const char * source); /* refuses to replace the file `source` */
+    /* Refuses to replace one of the files `sources`; NULL is none. */
+    OutputFile(const char * path, std::initializer_list<const char *> sources);
     ~OutputFile();
     OutputFile(const OutputFile &) = delete;
     OutputFile & operator=(const OutputFile &) = delete;

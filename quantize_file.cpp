@@ -253,7 +253,7 @@ void quantize_file(const char * path_in, const char * path_out,
     const Pool pool = create_pool();
     const Team team(pool, default_threads());
     const Progress progress = {options.progress, options.progress_user, file.size()};
-    OutputFile out(path_out, path_in);
+    OutputFile out(path_out, {path_in, options.importances});
     write_header(out, format.version, index.shape, format.type);
     for (size_t i = 0; i < types.size(); i++) {
         const Tensor & tensor = index.tensors[i];

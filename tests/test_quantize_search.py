@@ -242,6 +242,14 @@ def test_bad_importances(model: dict, tmp_path: Path) -> None:
     refused(tmp_path, "truncated", **options)
 
 
+def test_importances_are_not_overwritten(model: dict, tmp_path: Path) -> None:
+    path = write_importances(tmp_path / "out.bin", model, {})
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="same file as the input"):
+        quantize(tmp_path, method="importance", importances=path)
+    assert path.read_bytes() == before
+
+
 def test_importances_that_are_not_needed(model: dict, tmp_path: Path) -> None:
     """The head's only if the head is quantized; the embedding has none, and is searched by mse."""
     some = {name: values for name, values in model.items() if name != "head.weight"}
