@@ -1,6 +1,7 @@
 """`rwkv embed`: what it reads, writes and refuses; test_embedding.py has the numbers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -81,6 +82,8 @@ def test_errors_of_the_rwkv(folder, tmp_path):
     (tmp_path / "wrong.txt").write_bytes(b"\xff")
     (tmp_path / "wrong.jsonl").write_text("{}\n")
     names = {path.name for path in tmp_path.iterdir()}
+    shutil.copy(folder / "FP32.bin", tmp_path / "model.npy")
+    names.add("model.npy")
     for arguments, code, message in (
         (["a.txt", "--fit"], 2, "--fit needs --normalizer"),
         (["a.txt", "--fit", "--normalizer", "n", "--layers", "0"], 2, "all layers and parts"),
@@ -90,6 +93,9 @@ def test_errors_of_the_rwkv(folder, tmp_path):
         (["a.txt", "--parts", "pp"], 2, "expected some of att_xx"),
         (["a.txt", "--layers", "7"], 1, "layers: expected 0 to 2"),
         (["a.txt", "--fit", "--normalizer", "a.txt"], 1, "same file"),
+        (["a.txt", "-m", "model.npy", "--fit", "--normalizer", "model.npy"], 1, "same file"),
+        (["a.txt", "-m", "model.npy", "-o", "model.npy"], 1, "same file"),
+        (["a.txt", "-o", "model.npy", "--normalizer", "model.npy"], 1, "same file"),
         (["a.txt", "--normalizer", "a.txt"], 1, "expected a normalizer, this is"),
         (["a.txt", "--normalizer", "missing"], 1, "missing: No such file"),
         (["missing.txt"], 1, "missing.txt: No such file"),
@@ -97,7 +103,7 @@ def test_errors_of_the_rwkv(folder, tmp_path):
         (["wrong.jsonl"], 1, "line 1: expected"),
         (["wrong.txt", "a.txt", "--fit", "--normalizer", "n"], 1, "not UTF-8"),
     ):
-        done = rwkv("embed", *arguments, "-m", folder / "FP32.bin", cwd=tmp_path)
+        done = rwkv("embed", "-m", folder / "FP32.bin", *arguments, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (code, "")
         assert message in done.stderr
         assert {path.name for path in tmp_path.iterdir()} == names

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -106,6 +107,10 @@ def test_a_lora_of_another_model_in_memory(folder, model, poems):
         pytest.raises(ValueError, match="adapter was made for another model"),
     ):
         model.generate(["a"], models=[same_file])
+    other = folder / "other.bin"
+    shutil.copy(folder / "model.bin", other)
+    with RWKV(other) as plain, pytest.raises(ValueError, match=r"models\[0\].*with_lora"):
+        model.generate(["a"], models=[plain])
 
 
 def test_states_belong_to_their_loras(folder, tmp_path, model, poems, news):

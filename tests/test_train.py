@@ -413,6 +413,15 @@ def test_command_refuses_to_overwrite_its_text(text: Path, rwkv_train) -> None:
     assert named_like_a_model.read_bytes() == content
 
 
+def test_command_refuses_to_overwrite_its_base(text: Path, rwkv_train) -> None:
+    base = text.with_name("base.pth")
+    base.write_bytes(b"precious")
+    code, output = rwkv_train(text, base, "--from", base)
+    assert code == 1
+    assert "same file" in output
+    assert base.read_bytes() == b"precious"
+
+
 def test_command_wants_a_pth_file(text: Path, rwkv_train) -> None:
     code, output = rwkv_train(text, text.with_suffix(".checkpoint"))
     assert code == 1

@@ -138,8 +138,10 @@ def command(
     paths = paths or (Path("-"),)
     target = normalizer_path if is_fit else output
     if target is not None:
-        for path in paths:
-            refuse_same_file(path, target)
+        read = None if is_fit else normalizer_path
+        for path in (*paths, model_path, read):
+            if path is not None:
+                refuse_same_file(path, target)
     texts = texts_of(paths, whole)
     given = None if is_fit or normalizer_path is None else Normalizer.load(normalizer_path)
     with (

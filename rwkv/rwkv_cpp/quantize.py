@@ -10,6 +10,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from .atomic import refuse_same_file
 from .ggmf import read_index
 from .library import Progress, RWKVSharedLibrary, load_rwkv_shared_library
 from .progress import progress_bar
@@ -49,6 +50,8 @@ def quantize_file(
 
     Raises RWKVFileError for a source that is no FP32 or FP16 model, ValueError for other arguments.
     """
+    if importances is not None:
+        refuse_same_file(importances, target)
     library = library or load_rwkv_shared_library()
     library.rwkv_quantize_file(
         source,
@@ -209,6 +212,7 @@ def _quantize_to_size(
     n_bytes = bytes_of(size, source)
     tokens = None
     if text is not None:
+        refuse_same_file(text, target)
         header, _ = read_index(source)
         tokens = load_tokenizer(header.n_vocab, vocabulary, source).encode(read_text(text))
     with progress_bar() as report:

@@ -428,6 +428,11 @@ class RWKV:
         models = [self] * len(prompts) if models is None else [*models]
         if len(models) != len(prompts):
             raise ValueError(f"models: expected {len(prompts)}, one a prompt, found {len(models)}")
+        for i, model in enumerate(models):
+            if (model.path, model.arithmetic) != (self.path, self.arithmetic):
+                raise ValueError(
+                    f"models[{i}]: {model!r}, expected what with_lora makes of {self!r}"
+                )
         starts = [
             model._prompt(prompt, state)
             for model, prompt, state in zip(models, prompts, states, strict=True)

@@ -105,6 +105,8 @@ def quantize_to_size(
     or no model, NonFiniteLogits if it is damaged.
     """
     refuse_same_file(source, target)
+    if importances is not None:
+        refuse_same_file(importances, target)
     library = library or load_rwkv_shared_library()
     report = progress or (lambda what, done, total: None)
     with RWKVModel(library, source) as model:

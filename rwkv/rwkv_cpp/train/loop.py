@@ -326,7 +326,9 @@ def train(
     """
     if target.suffix != ".pth":
         raise ValueError(f"{target}: expected a name that ends in .pth")
-    refuse_same_file(text, target)
+    for source in (text, base):
+        if source is not None:
+            refuse_same_file(source, target)
     checkpoint = target.with_suffix(".checkpoint")
     trainer = Trainer(text, settings, base, device)
     trainer.learner.network.recomputes = gradient_checkpointing
