@@ -50,8 +50,6 @@ def quantize_file(
 
     Raises RWKVFileError for a source that is no FP32 or FP16 model, ValueError for other arguments.
     """
-    if importances is not None:
-        refuse_same_file(importances, target)
     library = library or load_rwkv_shared_library()
     library.rwkv_quantize_file(
         source,
