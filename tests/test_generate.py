@@ -95,6 +95,16 @@ def test_several_answers(path):
     assert done.stderr == "error: n: expected at most num_beams 3, found 4\n"
 
 
+def test_states_do_not_replace_what_is_read(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    for arguments in (["-m", precious], ["--lora", precious, "1"]):
+        done = rwkv("generate", "a", *arguments, "--save-state", precious)
+        assert done.returncode == 1
+        assert "same file" in done.stderr
+    assert precious.read_bytes() == b"precious"
+
+
 def test_states(path, tmp_path):
     """Two processes write what one writes."""
     saved = tmp_path / "half.state"

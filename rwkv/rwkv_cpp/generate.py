@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from .atomic import refuse_same_file
 from .generation import Completion
 from .library import MAX_THREADS
 from .load_options import load_options, lora_option, model_option
@@ -144,6 +145,9 @@ def command(
         raise click.UsageError("--save-state goes with one answer, --count 1")
     if save_state is not None and not save_state.absolute().parent.is_dir():
         raise click.UsageError(f"--save-state: there is no folder '{save_state.parent}'")
+    for path in (model_path, *(path for path, _ in lora)):
+        if save_state is not None and path is not None:
+            refuse_same_file(path, save_state)
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs goes with --json")
     state = None if load_state is None else State.load(load_state)
