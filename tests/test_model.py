@@ -125,8 +125,9 @@ class Recording(dict):
             self[name].squares = np.zeros(self[name].shape[1])
 
 
-def test_importances_are_those_of_the_reference(tmp_path):
-    tensors = random_model(3, N_VOCAB, N_EMBED, N_LAYER)
+@pytest.mark.parametrize("n_tiny", [0, 7])
+def test_importances_are_those_of_the_reference(tmp_path, n_tiny):
+    tensors = random_model(3, N_VOCAB, N_EMBED, N_LAYER, n_tiny=n_tiny)
     write_model(tmp_path / "model.bin", tensors)
     texts = [list(np.random.default_rng(n).integers(0, N_VOCAB, n)) for n in (1, 300, 40)]
     with RWKVModel(None, tmp_path / "model.bin", 2) as model:
