@@ -286,7 +286,7 @@ def test_wrong_hash(hub, home, pull):
         ("page.pth", "page.pth: what came is an HTML page"),
         ("pointer.pth", "pointer.pth: what came is a git-lfs pointer"),
         ("empty.pth", "empty.pth: what came is empty"),
-        ("foreign.pth", "RWKV-5.2; only RWKV-4 can be converted"),
+        ("foreign.pth", "RWKV-5.2; only RWKV-4 and 4a can be converted"),
         ("missing.pth", "has no file 'missing.pth', it has model.pth, 100% other.pth, "),
     ],
 )
