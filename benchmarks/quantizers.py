@@ -2,8 +2,8 @@
 
 python benchmarks/quantizers.py model.bin training.txt held-out.txt
 
-Importances are measured on the first 20,000 tokens of the training text, divergence and loss on the
-first 4,000 of the held-out one. Prints the tables of docs/quantization.md.
+Importances are measured on 20,000 tokens of the training text, divergence and loss on 4,000 of the
+held-out one, in pieces from all over them. Prints the tables of docs/quantization.md.
 """
 
 import sys
@@ -22,6 +22,7 @@ from rwkv_cpp.target_size import quantize_to_size
 from rwkv_cpp.texts import read_text
 
 CALIBRATION, HELD_OUT = 20_000, 4_000
+PIECES = 20  # of a text, each read from its beginning
 OUTLIERS = 0.01  # the share of the rows of ffn.key that become
 FACTORS = (8, 16, 32)  # times as long: powers of two, so that the function stays to the bit
 MIX = "Q4_1"  # whose bytes a mix of formats gets, too
@@ -50,27 +51,38 @@ def write_outliers(source: Path, target: Path) -> None:
             writer.write(record.key, FP32, array)
 
 
-class Judge:
-    """A model on a text, which other files are compared with."""
+def spread(tokens: Sequence[int], n_tokens: int) -> list[Sequence[int]]:
+    """So many tokens in pieces, evenly spread."""
+    step, length = len(tokens) // PIECES, n_tokens // PIECES
+    return [tokens[start : start + length] for start in range(0, step * PIECES, step)]
 
-    def __init__(self, path: Path, tokens: Sequence[int]) -> None:
-        self._tokens = tokens
+
+class Judge:
+    """A model on some texts, which other files are compared with."""
+
+    def __init__(self, path: Path, texts: Sequence[Sequence[int]]) -> None:
+        self._texts = texts
+        self._targets = np.concatenate([np.asarray(text[1:], np.intp) for text in texts])
+        lengths = [len(text) - 1 for text in texts]
+        self._blocks = independent_blocks(np.repeat(np.arange(len(texts)), lengths))
         self._base = self._logits(path)
 
     def _logits(self, path: Path) -> np.ndarray:
+        """Those that predict a token of a text."""
         with RWKVModel(None, path) as model:
-            sequence = RWKVSequence(self._tokens, n_logits=len(self._tokens))
-            return model.eval_batch([sequence])[0].logits[:-1]
+            results = model.eval_batch(RWKVSequence(t, n_logits=len(t)) for t in self._texts)
+        return np.concatenate([result.logits[:-1] for result in results])
 
     def compare(self, path: Path) -> tuple[Mean, Mean]:
         """The KL divergence and the change of the loss, in nats per token."""
-        targets = np.asarray(self._tokens[1:], np.intp)
-        found = compare_logits(self._logits(path), self._base, targets)
-        blocks = independent_blocks(np.zeros(len(targets), np.intp))
-        return mean(found.divergence, blocks), mean(found.loss - found.base_loss, blocks)
+        found = compare_logits(self._logits(path), self._base, self._targets)
+        loss = mean(found.loss - found.base_loss, self._blocks)
+        return mean(found.divergence, self._blocks), loss
 
 
-def judge_version(folder: Path, model: Path, training: Sequence[int], judge: Judge) -> None:
+def judge_version(
+    folder: Path, model: Path, training: Sequence[Sequence[int]], judge: Judge
+) -> None:
     """Print the tables of one version of a model."""
     level = folder / "level.bin"
     rescale(model, level)
@@ -100,7 +112,7 @@ def judge_version(folder: Path, model: Path, training: Sequence[int], judge: Jud
     print(f"± at most {kl:.2g} (divergence) and {loss:.2g} (loss), one standard error.\n")
 
 
-def judge_mix(folder: Path, model: Path, training: Sequence[int], judge: Judge) -> None:
+def judge_mix(folder: Path, model: Path, training: Sequence[Sequence[int]], judge: Judge) -> None:
     """Print what a mix of formats loses in the bytes of MIX."""
     uniform, target = folder / "uniform.bin", folder / "mix.bin"
     quantize_file(model, uniform, MIX)
@@ -113,10 +125,10 @@ def judge_mix(folder: Path, model: Path, training: Sequence[int], judge: Judge) 
     )
 
 
-def measure_importances(folder: Path, model: Path, training: Sequence[int]) -> Path:
+def measure_importances(folder: Path, model: Path, training: Sequence[Sequence[int]]) -> Path:
     target = folder / f"{model.stem}.importances"
     with RWKVModel(None, model) as loaded:
-        write_importances(target, loaded, collect(loaded, [training]))
+        write_importances(target, loaded, collect(loaded, training))
     return target
 
 
@@ -135,15 +147,16 @@ def show(
 def main(model: Path, training: Path, held_out: Path) -> None:
     header, _ = read_index(model)
     tokenizer = load_tokenizer(header.n_vocab, None, model)
-    calibration, test = (tokenizer.encode(read_text(path)) for path in (training, held_out))
-    judge = Judge(model, test[:HELD_OUT])
+    texts = [tokenizer.encode(read_text(path)) for path in (training, held_out)]
+    calibration, test = spread(texts[0], CALIBRATION), spread(texts[1], HELD_OUT)
+    judge = Judge(model, test)
     with tempfile.TemporaryDirectory(prefix="rwkv-") as name:
         outliers = Path(name, "outliers.bin")
         write_outliers(model, outliers)
         for title, path in (("as it is", model), ("with outliers", outliers)):
             print(f"### {model.stem}, {title}\n")
-            judge_version(Path(name), path, calibration[:CALIBRATION], judge)
-        judge_mix(Path(name), model, calibration[:CALIBRATION], judge)
+            judge_version(Path(name), path, calibration, judge)
+        judge_mix(Path(name), model, calibration, judge)
 
 
 if __name__ == "__main__":
