@@ -120,7 +120,8 @@ def judge_mix(folder: Path, model: Path, training: Sequence[Sequence[int]], judg
     mix = quantize_to_size(model, target, uniform.stat().st_size, importances=importances)
     divergence, change = judge.compare(target)
     print(
-        f"A mix of formats in {mix.measured.n_bytes:,} bytes, by importance: divergence "
+        f"A mix of formats in {mix.measured.n_bytes:,} bytes, as "
+        f"{MIX} takes them, of the model as it is, by importance: divergence "
         f"{divergence.value:.3g}, change of the loss {change.value:+.5f}."
     )
 
