@@ -11,13 +11,13 @@ from typing import Any
 
 import click
 import numpy as np
-from tqdm import tqdm
 
 from .atomic import refuse_same_file
 from .checkpoint import SUFFIXES, open_checkpoint, write_checkpoint
 from .errors import RWKVFileError
 from .export import export
 from .ggmf import DATA_TYPES, DTYPES, FP16, FP32, LIMITS, Header, Writer, is_model_file
+from .progress import counting_bar
 from .weights import check_finite, half, shape_in_file, some, transform
 
 FILE_VERSION = 101
@@ -253,12 +253,7 @@ def command(
     rwkv convert RWKV-4-Pile-169M-20220807-8023.pth rwkv-169M.bin float16
     rwkv convert rwkv-169M.bin rwkv-169M.pth
     """
-    with tqdm(unit=" weights", unit_scale=True, disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with counting_bar(" weights") as progress:
         name = data_type.upper().replace("FLOAT", "FP")
         options: dict[str, Any] = {"clamp": clamp, "allow_nan": allow_nan, "progress": progress}
         if not is_model_file(source):

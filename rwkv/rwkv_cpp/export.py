@@ -15,8 +15,7 @@ from .atomic import refuse_same_file
 from .checkpoint import SUFFIXES, write_checkpoint
 from .errors import RWKVFileError
 from .formats import Format
-from .ggmf import DATA_TYPES, DTYPES, FP16, FP32, Header, read_index, read_rows
-from .library import load_rwkv_shared_library
+from .ggmf import DATA_TYPES, DTYPES, FP16, FP32, Header, read_model, read_rows
 from .weights import check_finite, half, restore, shape_in_checkpoint
 
 
@@ -48,8 +47,7 @@ def export(
             f"because '{source}' is a model file already"
         )
     refuse_same_file(source, target)
-    load_rwkv_shared_library().rwkv_estimate(source)  # checks the file as loading does
-    header, index = read_index(source)
+    header, index = read_model(source)
     records = {record.key: record for record in index}
     types = {
         key: FP32 if len(record.shape) == 1 else DATA_TYPES[data_type]

@@ -122,6 +122,22 @@ def read_index(path: Path) -> tuple[Header, list[Record]]:
     return header, records
 
 
+def read_model(path: Path) -> tuple[Header, list[Record]]:
+    """`read_index` of a file that the library would load: RWKVFileError if it would not."""
+    load_rwkv_shared_library().rwkv_estimate(path)
+    return read_index(path)
+
+
+def read_plain_model(path: Path, advice: str) -> tuple[Header, list[Record]]:
+    """The same for a model in FP32 or FP16; RWKVFileError, which ends with `advice`, for others."""
+    header, records = read_model(path)
+    for record in records:
+        if record.data_type not in DTYPES:
+            name = load_rwkv_shared_library().rwkv_get_format_name(record.data_type)
+            raise RWKVFileError(f"{path}: {record.key} is {name}, expected FP32 or FP16; {advice}")
+    return header, records
+
+
 def read_tensor(path: Path, record: Record) -> np.ndarray:
     """The FP32 or FP16 tensor of a record, as a read-only view of the mapped file."""
     if record.data_type not in DTYPES:

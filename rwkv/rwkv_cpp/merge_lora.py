@@ -13,9 +13,7 @@ import click
 import numpy as np
 
 from .atomic import refuse_same_file
-from .errors import RWKVFileError
-from .ggmf import DTYPES, FP16, Record, Writer, read_index, read_tensor
-from .library import load_rwkv_shared_library
+from .ggmf import FP16, Record, Writer, read_plain_model, read_tensor
 from .lora import Product, Replacement, Step, plan
 from .progress import Progress, progress_bar
 from .weights import check_finite, half, some
@@ -58,17 +56,9 @@ def merge_lora(
     for path, _ in loras:
         refuse_same_file(path, target)
     refuse_same_file(source, target)
-    library = load_rwkv_shared_library()
-    library.rwkv_estimate(source)  # checks the file as loading does
-    header, records = read_index(source)
-    for record in records:
-        if record.data_type not in DTYPES:
-            name = library.rwkv_get_format_name(record.data_type)
-            raise RWKVFileError(
-                f"{source}: {record.key} is {name}, expected FP32 or FP16; merge into the model "
-                "before it was quantized, and quantize the result"
-            )
-
+    header, records = read_plain_model(
+        source, "merge into the model before it was quantized, and quantize the result"
+    )
     with contextlib.ExitStack() as stack:
         shapes = {record.key: record.shape for record in records}
         steps, unused = plan(stack, loras, shapes, key=key, ignore_unused=ignore_unused)

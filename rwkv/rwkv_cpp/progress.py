@@ -10,6 +10,21 @@ Progress = Callable[[str, int, int], object]
 
 
 @contextlib.contextmanager
+def counting_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for one kind of work, to be called as (done so far, in all); nothing where
+    that is no terminal."""
+    from tqdm import tqdm
+
+    with tqdm(unit=unit, unit_scale=True, disable=None) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
+
+
+@contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
     """A bar on stderr for one kind of work after the other; nothing where that is no terminal, nor
     for what is done at once."""

@@ -17,9 +17,7 @@ import click
 import numpy as np
 
 from .atomic import refuse_same_file
-from .errors import RWKVFileError
-from .ggmf import DTYPES, FP16, Record, Writer, read_index, read_tensor
-from .library import load_rwkv_shared_library
+from .ggmf import FP16, Record, Writer, read_plain_model, read_tensor
 from .progress import Progress, progress_bar
 from .weights import check_finite, half
 
@@ -53,16 +51,7 @@ def rescale(source: Path, target: Path, *, progress: Progress | None = None) -> 
     same file twice, OSError for the disk's failures.
     """
     refuse_same_file(source, target)
-    library = load_rwkv_shared_library()
-    library.rwkv_estimate(source)  # checks the file as loading does
-    header, records = read_index(source)
-    for record in records:
-        if record.data_type not in DTYPES:
-            name = library.rwkv_get_format_name(record.data_type)
-            raise RWKVFileError(
-                f"{source}: {record.key} is {name}, expected FP32 or FP16; rescale the model "
-                "before it is quantized"
-            )
+    header, records = read_plain_model(source, "rescale the model before it is quantized")
     by_key = {record.key: record for record in records}
     exponents: dict[str, np.ndarray] = {}  # of the factors of both matrices of a layer
     rescaled = []

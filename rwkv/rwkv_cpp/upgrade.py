@@ -14,13 +14,12 @@ from pathlib import Path
 
 import click
 import numpy as np
-from tqdm import tqdm
 
 from .atomic import refuse_same_file
 from .errors import RWKVFileError
 from .formats import Format, formats_of
-from .ggmf import DTYPES, Record, Writer, read_index, read_rows
-from .library import load_rwkv_shared_library
+from .ggmf import DTYPES, Record, Writer, read_model, read_rows
+from .progress import counting_bar
 from .weights import check_finite
 
 OLD, NEW = 100, 101
@@ -89,8 +88,7 @@ def upgrade(
     ValueError for wrong arguments, OSError for the disk's failures.
     """
     refuse_same_file(source, target)
-    load_rwkv_shared_library().rwkv_estimate(source)  # checks the file as loading does
-    header, records = read_index(source)
+    header, records = read_model(source)
     if header.version == NEW:
         raise RWKVFileError(f"{source}: is of version {NEW} already, there is nothing to do")
     changes = _plan(source, records, lossy)
@@ -212,12 +210,7 @@ def command(source: Path, target: Path, lossy: bool) -> None:
     \b
     rwkv upgrade model-april.bin model.bin
     """
-    with tqdm(unit="B", unit_scale=True, disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with counting_bar("B") as progress:
         changes = upgrade(source, target, lossy=lossy, progress=progress)
     for change in changes:
         click.echo(f"{change.tensors:>5} x {change.source!s:<7}{_described(change)}")
