@@ -15,6 +15,7 @@ import click
 from . import bench
 from .atomic import replacing
 from .errors import RWKVFileError
+from .formats import file_formats
 from .ggmf import DATA_TYPES, read_index
 from .info import megabytes
 from .library import RWKVSharedLibrary, load_rwkv_shared_library
@@ -31,7 +32,7 @@ from .perplexity import (
     text_options,
 )
 from .progress import Progress, progress_bar
-from .quantize import file_formats, format_name_of
+from .quantize import format_name_of
 from .scoring import Mean
 from .texts import read_texts
 from .tokenizer import Tokenizer, load_tokenizer
@@ -127,7 +128,7 @@ def formats_of(path: Path, text: str, library: RWKVSharedLibrary) -> list[str]:
             f"{path}: is quantized, in {own}: expected an FP32 or FP16 model, or a checkpoint, "
             "which the formats can be made of"
         )
-    possible = [own, *(name for name in file_formats(library) if name not in DATA_TYPES)]
+    possible = [own, *(name for name in file_formats() if name not in DATA_TYPES)]
     if text.lower() == "all":
         return possible
     wanted = {known_format(word.strip()) for word in text.split(",")}

@@ -53,6 +53,11 @@ class Format(NamedTuple):
         return self.convert(data, n, Format(self.version, 0)).view(np.float32)
 
 
+def file_formats() -> list[str]:
+    """The names of all formats that files may have, plain ones first."""
+    return list(dict.fromkeys(str(each) for version in (100, 101) for each in formats_of(version)))
+
+
 def formats_of(version: int) -> Iterator[Format]:
     """All formats that files of a version may have, plain ones first."""
     for data_type in _DATA_TYPES:

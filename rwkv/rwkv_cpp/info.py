@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
+from .formats import file_formats
 from .ggmf import Header, Record, read_index
 from .library import Memory, RWKVSharedLibrary, load_rwkv_shared_library
 from .load_options import load_options, model_option
 from .model import EMBEDDED_MODEL
-from .quantize import file_formats
 from .registry import PILE, SIZES
 
 
@@ -68,7 +68,7 @@ def sizes(library: RWKVSharedLibrary | None = None, **options: Any) -> dict[str,
             size: library.rwkv_estimate_shape(PILE, n_embed, n_layer, name, **options)
             for size, (n_layer, n_embed) in SIZES.items()
         }
-        for name in file_formats(library)
+        for name in file_formats()
     }
 
 

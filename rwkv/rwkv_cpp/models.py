@@ -26,11 +26,12 @@ from .atomic import replacing
 from .checkpoint import is_checkpoint
 from .convert import convert
 from .errors import ModelNotFound, RWKVError, RWKVFileError
+from .formats import file_formats
 from .ggmf import DATA_TYPES, is_model_file, open_regular, read_index
 from .library import load_rwkv_shared_library
 from .model import embedded_model
 from .progress import Progress
-from .quantize import file_formats, format_name_of, quantize_file
+from .quantize import format_name_of, quantize_file
 from .registry import parse_source
 from .tokenizer import keep_vocabularies, vocabulary_folder
 
@@ -97,7 +98,7 @@ def known_format(text: str) -> str:
     """
     library = load_rwkv_shared_library()
     name = format_name_of(library, text)
-    if name not in (known := list(file_formats(library))):
+    if name not in (known := file_formats()):
         raise ValueError(f"unknown format '{text}' (choose from {', '.join(known)})")
     return name
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from .atomic import refuse_same_file
 from .ggmf import read_index
 from .library import Progress, RWKVSharedLibrary, load_rwkv_shared_library
-from .progress import progress_bar
+from .progress import counting_bar, progress_bar
 from .target_size import quantize_to_size, table
 from .texts import read_text
 from .tokenizer import load_tokenizer
@@ -71,13 +69,6 @@ def _types(library: RWKVSharedLibrary, text: str) -> str:
     return ",".join(
         f"{pattern}{sign}{format_name_of(library, name)}" for pattern, sign, name in rules
     )
-
-
-def file_formats(library: RWKVSharedLibrary) -> Iterator[str]:
-    """The names of all formats that files may have."""
-    for data_type in range(16):
-        if any(library.rwkv_get_row_size(version, data_type, 32) for version in (100, 101)):
-            yield library.rwkv_get_format_name(data_type) or str(data_type)
 
 
 def format_name_of(library: RWKVSharedLibrary, text: str) -> str:
@@ -181,12 +172,7 @@ def command(
             raise click.UsageError("FORMAT is missing, or --target-size")
         if text or vocabulary:
             raise click.UsageError("--text and --vocab go with --target-size")
-        with tqdm(unit="B", unit_scale=True, disable=None) as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+        with counting_bar("B") as progress:
             quantize_file(
                 source, target, format_name, head=head, types=types, progress=progress, **options
             )

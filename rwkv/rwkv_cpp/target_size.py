@@ -21,6 +21,7 @@ import numpy as np
 
 from .atomic import refuse_same_file
 from .errors import NonFiniteLogits, RWKVFileError
+from .formats import formats_of
 from .ggmf import DTYPES, Record, Writer, read_index
 from .library import RWKVSharedLibrary, load_rwkv_shared_library
 from .model import RWKVModel, RWKVSequence
@@ -256,7 +257,7 @@ class _Mixer:
         self._header, self._records = read_index(source)
         records = {record.key: record for record in self._records}
         self.matrices = {name: records[name] for name in matrices}
-        names = {n: str(library.rwkv_get_format_name(n)) for n in range(16) if self._row_size(n)}
+        names = {each.data_type: str(each) for each in formats_of(version)}
         self._numbers = {name: number for number, name in names.items()}
         self.formats = [name for number, name in names.items() if number not in DTYPES]
         self.own_format = names[self._header.data_type]
