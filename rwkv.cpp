@@ -93,18 +93,11 @@ void check_tail(const void * given, size_t size, size_t known, const char * type
 
 // ==== The model ==================================================================================
 
-// A matrix that can be quantized.
-struct MatrixInfo {
-    std::string name;
-    size_t cols;
-};
-
 struct Model {
     Shape shape = {};
     std::vector<Tensor> tensors;
     const ggml_kernels * kernels = nullptr;
     Weights weights;
-    std::vector<MatrixInfo> matrices;
     size_t n_inputs = 0;  // columns of all matrices
     Mapping mapping;
     Buffer arena;  // all of the model that is private memory
@@ -150,6 +143,12 @@ ggml_type memory_type(const Index & index, const Tensor & tensor,
     const bool plain = !ggml_type_traits(tensor.type)->quantized;
     const bool bf16 = plain && find_activations(options.activations).bf16;
     return bf16 && (kind == MATRIX || kind == HEAD) ? GGML_TYPE_BF16 : tensor.type;
+}
+
+// Whether a tensor is one of those that rwkv_get_matrix counts.
+bool can_be_quantized(const Tensor & tensor) {
+    const Kind kind = kind_of(tensor);
+    return is_needed(tensor) && (kind == MATRIX || kind == HEAD);
 }
 
 // Quantized and BF16 matrices are evaluated from stripes; embeddings are looked up row by row.
@@ -285,10 +284,7 @@ std::shared_ptr<Model> load_model(const char * path, const rwkv_load_options & o
         const uint8_t * data = size > 0 ? next : model->mapping.data() + tensor.offset;
         Weight & weight = weight_of(model->weights, tensor);
         weight = {{type, tensor.rows, tensor.cols, data, nullptr}, number, model->n_inputs};
-        if (kind_of(tensor) == MATRIX || kind_of(tensor) == HEAD) {
-            model->matrices.push_back({tensor.name, tensor.cols});
-            model->n_inputs += tensor.cols;
-        }
+        if (can_be_quantized(tensor)) model->n_inputs += tensor.cols;
         if (type == GGML_TYPE_BF16) {
             pack_bf16(file, tensor, team, progress, next);
         } else if (is_packed(tensor, type)) {
@@ -832,10 +828,13 @@ bool rwkv_eval_batch(rwkv_context * ctx, const rwkv_sequence * sequences, size_t
 }
 
 const char * rwkv_get_matrix(const rwkv_context * ctx, size_t number, size_t * cols) {
-    if (ctx == nullptr || number >= ctx->model->matrices.size()) return nullptr;
-    const MatrixInfo & matrix = ctx->model->matrices[number];
-    if (cols != nullptr) *cols = matrix.cols;
-    return matrix.name.c_str();
+    if (ctx == nullptr) return nullptr;
+    for (const Tensor & tensor : ctx->model->tensors) {
+        if (!can_be_quantized(tensor) || number-- > 0) continue;
+        if (cols != nullptr) *cols = tensor.cols;
+        return tensor.name.c_str();
+    }
+    return nullptr;
 }
 
 bool rwkv_eval_importances(rwkv_context * ctx, const rwkv_sequence * sequences, size_t n_sequences,
