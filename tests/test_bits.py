@@ -20,6 +20,11 @@ FORMATS = [(version, name) for version in (100, 101) for name in quants.PLAIN] +
     layout for layout in quants.LAYOUTS if layout[1] not in quants.PLAIN
 ]
 QUANTIZED = [layout for layout in FORMATS if layout[1] not in quants.PLAIN]
+MODES = [
+    *[(version, name, "A16") for version, name in FORMATS[2:]],  # FP32 and FP16 in one version only
+    *[(version, name, "int8") for version, name in QUANTIZED],
+    *[(101, name, "bf16") for name in (*quants.PLAIN, "Q5_1")],
+]
 ACTIVATIONS = tuple(canonical.STEPS)
 LEVELS = ("scalar", "sse2", "avx2", "avx512", "avx512bf16", "amx", "neon")
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, N_VOCAB, 300)]
@@ -174,12 +179,7 @@ def test_any_type_per_tensor_and_any_order(tmp_path, tensors, version):
     assert_same_bits(core_state, state.ravel())
 
 
-@pytest.mark.parametrize(
-    ("version", "name", "activations"),
-    [(version, name, "A16") for version, name in FORMATS[2:]]  # FP32 and FP16 in one version only
-    + [(version, name, "int8") for version, name in QUANTIZED]
-    + [(101, name, "bf16") for name in (*quants.PLAIN, "Q5_1")],
-)
+@pytest.mark.parametrize(("version", "name", "activations"), MODES)
 def test_every_way_gives_the_same_bits(tmp_path, tensors, monkeypatch, version, name, activations):
     """eval, eval_sequence, in chunks, in a batch; 1 to 3 threads; mapped or copied; every level."""
     path, tokens = tmp_path / "model.bin", TOKENS[:40]
@@ -213,12 +213,7 @@ def test_tiny_attention_leaving_zeros_out(tmp_path, tiny_tensors, name, sparse_f
         check_all_ways(model, TOKENS[:40], logits, state)
 
 
-@pytest.mark.parametrize(
-    ("version", "name", "activations"),
-    [(version, name, "A16") for version, name in FORMATS[2:]]  # FP32 and FP16 in one version only
-    + [(version, name, "int8") for version, name in QUANTIZED]
-    + [(101, name, "bf16") for name in (*quants.PLAIN, "Q5_1")],
-)
+@pytest.mark.parametrize(("version", "name", "activations"), MODES)
 def test_tiny_attention(tmp_path, tiny_tensors, monkeypatch, version, name, activations):
     """RWKV-4a: the reference's bits in every format, on every level, every way."""
     path, tokens = tmp_path / "model.bin", TOKENS[:40]
