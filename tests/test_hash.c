@@ -1,6 +1,7 @@
-/* One number per format: a hash of logits and state after some tokens of the model given. It is the
- * same for one token at a time, a sequence, a batch, and for 1, 2 and 3 threads, which is checked
- * here; and on every CPU and level, for which emulated.sh compares what this prints. */
+/* One number per format, and one for RWKV-4a with an adapter: a hash of logits and state after some
+ * tokens of the model given. It is the same for one token at a time, a sequence, a batch, and for
+ * 1, 2 and 3 threads, which is checked here; and on every CPU and level, for which emulated.sh
+ * compares what this prints. */
 #define _GNU_SOURCE
 
 #include <stdlib.h>
@@ -10,12 +11,13 @@
 #include "fp16.h"
 #include "rwkv.h"
 
-enum { MOST_TOKENS = 64, MOST_WEIGHTS = 1 << 20 };
+enum { MOST_TOKENS = 64, MOST_WEIGHTS = 1 << 20, TINY = 24, RANK = 5 };
 
 static uint32_t tokens[MOST_TOKENS];
 static size_t n_tokens = 16;
 static int n_layers = 1000;
 static float *logits, *state, *other;
+static struct rwkv_adapter * adapter; /* NULL: none */
 
 static void stop(const char * what) {
     printf("error: %s: %s\n", what, rwkv_get_last_error_message());
@@ -24,9 +26,33 @@ static void stop(const char * what) {
 
 /* ---- Models --------------------------------------------------------------------------------- */
 
+static float random_weights[MOST_WEIGHTS];
+
+/* Layer 0's, in FP32. */
+static void write_tiny_attention(FILE * out, int32_t n_embed) {
+    static const struct {
+        const char * name;
+        int32_t rows; /* 0: a vector; -1: n_embed */
+    } tensors[] = {{"blocks.0.tiny_ln.weight", 0},
+                   {"blocks.0.tiny_ln.bias", 0},
+                   {"blocks.0.tiny_q.weight", TINY},
+                   {"blocks.0.tiny_k.weight", TINY},
+                   {"blocks.0.tiny_v.weight", -1}};
+    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
+        const int32_t dimensions = tensors[i].rows == 0 ? 1 : 2;
+        const int32_t rows = tensors[i].rows < 0 ? n_embed : tensors[i].rows;
+        const size_t length = strlen(tensors[i].name);
+        const size_t n = (size_t)n_embed * (size_t)(dimensions == 2 ? rows : 1);
+        const int32_t record[5] = {dimensions, (int32_t)length, 0, n_embed, rows};
+        fwrite(record, 4, 3 + (size_t)dimensions, out);
+        fwrite(tensors[i].name, length, 1, out);
+        fwrite(random_weights, sizeof(float), n, out);
+    }
+}
+
 /* A copy of a model, of its first layers only, with matrices in FP32 or FP16, so that it can be
- * quantized. */
-static void widen_model(const char * from, const char * to, int32_t type) {
+ * quantized; as RWKV-4a if wanted. */
+static void widen_model(const char * from, const char * to, int32_t type, bool tiny) {
     static uint8_t bytes[4 * MOST_WEIGHTS];
     static float x[MOST_WEIGHTS];
     static uint16_t halves[MOST_WEIGHTS];
@@ -76,6 +102,7 @@ static void widen_model(const char * from, const char * to, int32_t type) {
             fwrite(halves, sizeof *halves, n, out);
         }
     }
+    if (tiny) write_tiny_attention(out, header[3]);
     fclose(in);
     fclose(out);
 }
@@ -92,23 +119,39 @@ static uint64_t hash(const struct rwkv_context * ctx) {
     return h;
 }
 
+/* One sequence, with the adapter if there is one. */
+static void evaluate(struct rwkv_context * ctx, size_t first, size_t n, const float * state_in) {
+    const struct rwkv_sequence one = {.tokens = tokens + first,
+                                      .n_tokens = n,
+                                      .state_in = state_in,
+                                      .state_out = state,
+                                      .logits_out = logits,
+                                      .n_logits = 1,
+                                      .adapter = adapter};
+    const bool fine = adapter ? rwkv_eval_batch(ctx, &one, 1, sizeof one)
+                      : n == 1
+                          ? rwkv_eval(ctx, tokens[first], state_in, state, logits)
+                          : rwkv_eval_sequence(ctx, tokens + first, n, state_in, state, logits);
+    if (!fine) stop("evaluation");
+}
+
 static uint64_t decode(struct rwkv_context * ctx) {
     rwkv_init_state(ctx, state);
-    for (size_t i = 0; i < n_tokens; i++)
-        if (!rwkv_eval(ctx, tokens[i], state, state, logits)) stop("decode");
+    for (size_t i = 0; i < n_tokens; i++) evaluate(ctx, i, 1, state);
     return hash(ctx);
 }
 
 static uint64_t sequence(struct rwkv_context * ctx) {
-    if (!rwkv_eval_sequence(ctx, tokens, n_tokens, NULL, state, logits)) stop("sequence");
+    evaluate(ctx, 0, n_tokens, NULL);
     return hash(ctx);
 }
 
-/* First the beginning, together with a sequence that goes on elsewhere; then the rest. */
+/* First the beginning, together with a sequence that goes on elsewhere and has no adapter; then the
+ * rest. */
 static uint64_t batch(struct rwkv_context * ctx) {
     const size_t middle = n_tokens / 2;
     struct rwkv_sequence both[2] = {
-        {.tokens = tokens, .n_tokens = middle, .state_out = state},
+        {.tokens = tokens, .n_tokens = middle, .state_out = state, .adapter = adapter},
         {.tokens = tokens + 1, .n_tokens = 1, .state_out = other},
     };
     if (!rwkv_eval_batch(ctx, both, 2, sizeof *both)) stop("batch");
@@ -117,10 +160,25 @@ static uint64_t batch(struct rwkv_context * ctx) {
                                      .state_in = state,
                                      .state_out = state,
                                      .logits_out = logits,
-                                     .n_logits = 1};
+                                     .n_logits = 1,
+                                     .adapter = adapter};
     both[1].state_in = other;
     if (!rwkv_eval_batch(ctx, both, 2, sizeof *both)) stop("batch");
     return hash(ctx);
+}
+
+/* Of three tensors of the first layer, those of RWKV-4a among them. */
+static struct rwkv_adapter * create_adapter(struct rwkv_context * model) {
+    const size_t n = rwkv_get_n_embed(model);
+    const struct rwkv_adapter_part parts[] = {
+        {"blocks.0.ffn.value.weight", n, 4 * n, RANK, random_weights, random_weights, 0.5f, NULL},
+        {"blocks.0.tiny_v.weight", n, n, RANK, random_weights, random_weights, 0.5f, NULL},
+        {.name = "blocks.0.ln1.bias", .rows = 1, .cols = n, .values = random_weights},
+    };
+    struct rwkv_adapter * created =
+        rwkv_create_adapter(model, parts, sizeof parts / sizeof *parts, sizeof *parts);
+    if (!created) stop("adapter");
+    return created;
 }
 
 static void print_hash(struct rwkv_context * model, const char * name, const char * activations) {
@@ -130,6 +188,7 @@ static void print_hash(struct rwkv_context * model, const char * name, const cha
     } ways[] = {{"decode", decode}, {"sequence", sequence}, {"batch", batch}};
     struct rwkv_context_options options = rwkv_default_context_options();
     options.activations = activations;
+    adapter = strchr(name, '+') ? create_adapter(model) : NULL;
     uint64_t first = 0;
     for (options.n_threads = 1; options.n_threads <= 3; options.n_threads++) {
         struct rwkv_context * ctx = rwkv_clone_context_with(model, &options);
@@ -143,6 +202,7 @@ static void print_hash(struct rwkv_context * model, const char * name, const cha
         }
         rwkv_free(ctx);
     }
+    rwkv_free_adapter(adapter);
     printf("%-10s %-4s %016llx\n", name, activations, (unsigned long long)first);
     fflush(stdout);
 }
@@ -183,11 +243,12 @@ int main(int argc, char ** argv) {
     }
     fprintf(stderr, "%s\n", rwkv_get_system_info_string());
     for (size_t i = 0; i < MOST_TOKENS; i++) tokens[i] = random_below(256);
+    for (size_t i = 0; i < MOST_WEIGHTS; i++) random_weights[i] = random_normal() / 16;
     snprintf(source, sizeof source, "%s/source.bin", folder);
     snprintf(target, sizeof target, "%s/target.bin", folder);
-    widen_model(argv[1], source, 1);
+    widen_model(argv[1], source, 1, false);
     print_hashes(source, "FP16");
-    widen_model(argv[1], source, 0);
+    widen_model(argv[1], source, 0, false);
     print_hashes(source, "FP32");
     for (uint32_t version = RWKV_FILE_VERSION_MIN; version <= RWKV_FILE_VERSION_MAX; version++) {
         for (uint32_t type = 2; type <= 9; type++) {
@@ -200,6 +261,8 @@ int main(int argc, char ** argv) {
             print_hashes(target, name);
         }
     }
+    widen_model(argv[1], source, 0, true);
+    print_hashes(source, "4a+LoRA");
     unlink(source);
     unlink(target);
     rmdir(folder);
