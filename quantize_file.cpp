@@ -100,7 +100,9 @@ static void check_source(const Index & index, const std::vector<ggml_type> & typ
 enum Method { RTN, MSE, IMPORTANCE };
 
 static Method find_method(const rwkv_quantize_options & options) {
-    const std::string name = options.method == nullptr ? "rtn" : options.method;
+    const std::string name = options.method != nullptr        ? options.method
+                             : options.importances != nullptr ? "importance"
+                                                              : "rtn";
     const bool importance = name == "importance";
     if (!importance && name != "mse" && name != "rtn") {
         fail(RWKV_ERROR_ARGS, "unknown method '%s' (choose rtn, mse or importance)",

@@ -296,9 +296,10 @@ struct rwkv_quantize_options {
                             "FP16" and "FP32" included, the head's and the embedding's too. A
                             pattern is one or more whole parts of names ("ffn.value", "blocks.0",
                             "head"); the last one that matches wins. NULL: none. Since 1002 */
-    const char * method; /* NULL or "rtn": round to nearest by the format's own rule. "mse": scales
-                            are searched for the least squared error. "importance": the same, an
-                            error counting as much as its column matters. Since 1002 */
+    const char * method; /* "rtn": round to nearest by the format's own rule. "mse": scales are
+                            searched for the least squared error. "importance": the same, an error
+                            counting as much as its column matters. NULL: "importance" where
+                            importances are given, otherwise "rtn". Since 1002 */
     const char * importances; /* for that: path of a ggmf file of the model's sizes with an FP32
                                  vector for each matrix, of its name: for each of its columns the
                                  mean square of what it is multiplied with (rwkv_eval_importances).

@@ -214,7 +214,7 @@ def test_options_that_do_not_fit(model: dict, tmp_path: Path) -> None:
     refused(tmp_path, r"'gptq' \(choose rtn, mse or importance\)", ValueError, method="gptq")
     refused(tmp_path, "needs importances", ValueError, method="importance")
     refused(tmp_path, "but method is mse", ValueError, method="mse", importances=path)
-    refused(tmp_path, "but method is rtn", ValueError, importances=path)
+    refused(tmp_path, "but method is rtn", ValueError, method="rtn", importances=path)
 
 
 def test_bad_importances(model: dict, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def quantize_file(
         allow_nan=allow_nan,
         head=head and format_name_of(library, head),
         types=types and _types(library, types),
-        method=method or ("rtn" if importances is None else "importance"),
+        method=method,
         importances=importances,
         progress=progress,
     )

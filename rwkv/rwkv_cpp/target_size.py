@@ -123,7 +123,7 @@ def quantize_to_size(
                 Path(folder, name),
                 name,
                 allow_nan=allow_nan,
-                method=method or ("rtn" if importances is None else "importance"),
+                method=method,
                 importances=importances,
             )
         total = (len(groups) + 1) * len(mixer.formats) + 1
