@@ -16,6 +16,12 @@ import time
 import pyte
 
 
+def _enter() -> None:
+    """A new session begins at its terminal, with the reaction to SIGHUP that a shell leaves it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's children inherit to ignore it
+
+
 class Terminal:
     """Runs a command on a pseudo-terminal; `screen` is what it shows.
 
@@ -38,7 +44,7 @@ class Terminal:
             stdout=follower,
             stderr=follower,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_enter,
         )
         self._follower = follower  # kept open: what is left to read stays
 
