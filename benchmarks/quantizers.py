@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from rwkv_cpp import RWKVModel, RWKVSequence, load_rwkv_shared_library, load_tokenizer
+from rwkv_cpp import RWKVModel, RWKVSequence, load_tokenizer
+from rwkv_cpp.formats import file_formats
 from rwkv_cpp.ggmf import FP32, Header, Writer, read_index, read_tensor
 from rwkv_cpp.importance import collect, write_importances
-from rwkv_cpp.quantize import file_formats, quantize_file
+from rwkv_cpp.quantize import quantize_file
 from rwkv_cpp.rescale import rescale
 from rwkv_cpp.scoring import Mean, compare_logits, independent_blocks, mean
 from rwkv_cpp.target_size import quantize_to_size
@@ -96,8 +97,7 @@ def judge_version(
     }
     target = folder / "quantized.bin"
     rows = []
-    library = load_rwkv_shared_library()
-    for name in (name for name in file_formats(library) if name not in ("FP32", "FP16")):
+    for name in file_formats()[2:]:
         cells = []
         for path, method in columns.values():
             given = importances[path] if method == "importance" else None

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from rwkv_cpp.bench import write_random_model
+from rwkv_cpp.formats import file_formats
 from rwkv_cpp.library import load_rwkv_shared_library
-from rwkv_cpp.quantize import file_formats
 
 ROUNDS = 3
 
@@ -22,7 +22,7 @@ def main(formats: list[str]) -> None:
         source, target = Path(folder) / "in.bin", Path(folder) / "out.bin"
         write_random_model(source, "FP16", n_vocab=256, n_embed=512, n_layer=2)
         size = source.stat().st_size / 1e6
-        for name in formats or list(file_formats(library))[2:]:
+        for name in formats or file_formats()[2:]:
             speeds = []
             for method in ("rtn", "mse"):
                 seconds = []

@@ -12,7 +12,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from models import file_weights
 from reference import rwkv_v4
-from rwkv_cpp.perplexity import read_text
+from rwkv_cpp.texts import read_text
 from rwkv_cpp.tokenizer import load_tokenizer
 
 

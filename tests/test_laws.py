@@ -18,6 +18,9 @@ CORE = sorted(
     path for kind in ("*.cpp", "*.h", "arch/*.cpp", "arch/*.h") for path in ROOT.glob(kind)
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted(
+    path for folder in ("benchmarks", "docs", "examples") for path in (ROOT / folder).glob("*.py")
+)
 
 # A file or module knows only floors below its own; a new one gets its place here.
 CORE_FLOORS = [
@@ -185,6 +188,36 @@ def test_public_names():
         assert name in dir(rwkv_cpp)
     with pytest.raises(AttributeError, match="nonsense"):
         rwkv_cpp.nonsense  # noqa: B018
+
+
+def names_in(path: Path) -> set[str]:
+    """What a module's file binds at its top level."""
+    names = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            parts = [part for target in targets for part in ast.walk(target)]
+            names |= {part.id for part in parts if isinstance(part, ast.Name)}
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_import_what_there_is(path):
+    """Benchmarks are run by hand only: what they use must not go unnoticed."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("rwkv_cpp"):
+            continue
+        home = PACKAGE.joinpath(*node.module.split(".")[1:])
+        known = names_in(home / "__init__.py" if home.is_dir() else home.with_suffix(".py"))
+        if home.is_dir():
+            known |= {each.stem for each in home.glob("*.py")}
+        if home == PACKAGE:
+            known |= set(rwkv_cpp.__all__)
+        assert {alias.name for alias in node.names} <= known, node.module
 
 
 def test_entry_points_hold_no_logic():
