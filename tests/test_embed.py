@@ -8,6 +8,7 @@ import pytest
 from commands import rwkv
 from models import random_model, write_model
 from rwkv_cpp import RWKV, Normalizer
+from rwkv_cpp.checkpoint import pack_safetensors
 
 TEXTS = ["To be, or not to be", "", "é", "a\nb", "x" * 300, "To be"]
 
@@ -75,6 +76,26 @@ def test_normalizer_of_the_rwkv(model, folder, tmp_path):
     done = rwkv(*arguments, "-m", folder / "other.bin", cwd=tmp_path)
     assert done.returncode == 1
     assert "fitted on another model" in done.stderr
+
+
+def test_lora(model, folder, tmp_path):
+    """A normalizer of the model alone does not fit the model with a LoRA."""
+    (tmp_path / "lines.txt").write_text("one\ntwo\n")
+    bias = np.linspace(-1, 1, 32, dtype=np.float32)
+    (tmp_path / "lora").write_bytes(pack_safetensors({"blocks.1.ln1.bias": bias}, {}))
+    arguments = ["embed", "lines.txt", "-m", folder / "FP32.bin", "--lora", "lora", "8"]
+    assert rwkv(*arguments, "-o", "o.npy", cwd=tmp_path).returncode == 0
+    with RWKV(folder / "FP32.bin", n_threads=1, lora=[(tmp_path / "lora", 8)]) as with_lora:
+        wanted = with_lora.embed(["one", "two"])
+    assert np.load(tmp_path / "o.npy").tobytes() == wanted.tobytes()
+    model.fit_normalizer(TEXTS).save(tmp_path / "n")
+    done = rwkv(*arguments, "--normalizer", "n", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "fitted on another model" in done.stderr
+    shutil.copy(tmp_path / "lora", tmp_path / "lora.npy")
+    done = rwkv(*arguments[:-2], "lora.npy", "8", "-o", "lora.npy", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "same file" in done.stderr
 
 
 def test_errors_of_the_rwkv(folder, tmp_path):

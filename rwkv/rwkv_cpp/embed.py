@@ -14,7 +14,7 @@ import numpy as np
 from .atomic import refuse_same_file, replacing
 from .embedding import PARTS, Normalizer
 from .library import MAX_THREADS
-from .load_options import load_options, model_option
+from .load_options import load_options, lora_option, model_option
 from .progress import progress_bar
 from .rwkv import RWKV
 from .texts import read_documents, read_text
@@ -64,6 +64,7 @@ def _parts(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 @click.command()
 @click.argument("paths", metavar="[TEXT]...", type=_FILE, nargs=-1)
 @model_option
+@lora_option
 @click.option("--whole", is_flag=True, help="Each file is one text, rather than each line.")
 @click.option(
     "--layers",
@@ -108,6 +109,7 @@ def _parts(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 def command(
     paths: tuple[Path, ...],
     model_path: Path | None,
+    lora: tuple[tuple[Path, float], ...],
     whole: bool,
     layers: list[int] | None,
     parts: list[str] | None,
@@ -139,14 +141,14 @@ def command(
     target = normalizer_path if is_fit else output
     if target is not None:
         read = None if is_fit else normalizer_path
-        for path in (*paths, model_path, read):
+        for path in (*paths, model_path, *(path for path, _ in lora), read):
             if path is not None:
                 refuse_same_file(path, target)
     texts = texts_of(paths, whole)
     given = None if is_fit or normalizer_path is None else Normalizer.load(normalizer_path)
     with (
         progress_bar() as progress,
-        RWKV(model_path, vocabulary=vocabulary, n_threads=threads, **options) as model,
+        RWKV(model_path, vocabulary=vocabulary, n_threads=threads, lora=lora, **options) as model,
     ):
         if is_fit and normalizer_path is not None:
             model.fit_normalizer(texts, progress).save(normalizer_path)
