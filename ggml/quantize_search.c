@@ -4,7 +4,8 @@
  * Only scales are searched, as the file will hold them: given these, the nearest codes are best.
  * From each of a few dozen starts, which leave more and more of the largest weights out, least
  * squares lead to the bottom of a valley. The first start is the rule of the format (quantize.c),
- * so no block gets worse than by that, and it stands where it is exact or sums are not finite.
+ * so none leads to more error than that, and it stands where it is exact or sums are not finite.
+ * At the end a block is stretched to the length of its weights again.
  *
  * Some blocks are searched side by side, one in each lane. No sum crosses lanes, so compilers make
  * vectors of the loops over lanes, and the bytes are the same whatever they make. */
@@ -200,6 +201,30 @@ static void polish(struct search * s) {
     for (int i = 0; i < 4; i++) attempt(s, d, m);
 }
 
+/* Least squares make a block smaller than its weights are, by the part e of its squares that they
+ * miss: that is orthogonal to what they find. In a sum of many products such a lack adds up where
+ * other errors cancel out, so it is made good, and the part that is missed becomes e / (1 - e):
+ * but not where d and m have too few digits for it. */
+static void stretch(const struct search * s, int l, const float * q, float * d, float * m) {
+    double xx = 0, xy = 0, error = s->base[l];
+    for (int k = 0; k < s->layout->size; k++) {
+        const double wx = (double)s->w[k][l] * s->x[k][l];
+        xx += wx * s->x[k][l];
+        xy += wx * ((double)q[k] * *d + *m);
+    }
+    const double missed = s->best.error[l] / xx;
+    if (!(missed < 1 && xy > 0)) return;
+    const float longer_d = stored(s, (float)(xx / xy * *d));
+    const float longer_m = stored(s, (float)(xx / xy * *m));
+    for (int k = 0; k < s->layout->size; k++) {
+        const double r = s->x[k][l] - ((double)q[k] * longer_d + longer_m);
+        error += s->w[k][l] * r * r;
+    }
+    if (!(error <= 1.01 * s->best.error[l] / (1 - missed))) return;
+    *d = longer_d;
+    *m = longer_m;
+}
+
 /* Weights and what they count for: those of a block add up to 1. */
 static void load(struct search * s, int l, const float * x, const float * importances) {
     const int size = s->layout->size;
@@ -257,13 +282,14 @@ void ggml_search_row(enum ggml_type type, const float * x, const float * importa
         for (int l = 0; l < LANES && first + (size_t)l < n_blocks; l++) {
             if (stands[l]) continue;
             struct ggml_block * block = &rule[l];
+            float q[GGML_ROW_UNIT], id = s.best.d[l] != 0 ? 1 / s.best.d[l] : 0;
+            for (size_t k = 0; k < size; k++) {
+                q[k] = nearest((s.x[k][l] - s.best.m[l]) * id, s.low, s.high);
+                block->q[k] = (uint8_t)((int)q[k] + layout->zero);
+            }
             block->d = s.best.d[l];
             block->m = s.best.m[l];
-            float id = block->d != 0 ? 1 / block->d : 0;
-            for (size_t k = 0; k < size; k++) {
-                float q = nearest((s.x[k][l] - s.best.m[l]) * id, s.low, s.high);
-                block->q[k] = (uint8_t)((int)q + layout->zero);
-            }
+            stretch(&s, l, q, &block->d, &block->m);
             if (layout->outlier) {
                 const int k = s.best.outlier[l];
                 block->index = (uint16_t)k;

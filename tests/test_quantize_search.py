@@ -63,6 +63,18 @@ def weighted_errors(x: np.ndarray, w: np.ndarray, tensor: quants.Tensor, size: i
     return missed.reshape(-1, size).sum(axis=1)
 
 
+def stretched(errors: np.ndarray, x: np.ndarray, w: np.ndarray, size: int) -> np.ndarray:
+    """(blocks): errors of least squares, once what they found is as long as the weights again.
+
+    What least squares miss, e of a block's squares, is orthogonal to what they find, 1 - e. Times
+    1 / (1 - e) that misses e + (e / (1 - e))² (1 - e) = e / (1 - e). The file's digits of scales,
+    and Q4_1_O's outlier, which is not stretched, are worth two percent.
+    """
+    squares = (x.astype(np.float64) ** 2 * w).reshape(-1, size).sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 1.02 * np.where(errors < squares, errors / (1 - errors / squares), np.inf)
+
+
 @pytest.mark.parametrize(("version", "name"), LAYOUTS)
 @pytest.mark.parametrize("method", ["mse", "importance"])
 def test_blocks(tmp_path: Path, version: int, name: str, method: str) -> None:
@@ -88,8 +100,10 @@ def test_blocks(tmp_path: Path, version: int, name: str, method: str) -> None:
     w = np.tile(np.where(np.arange(FFN) // 32 == 1, 1, w), (EMBED, 1))  # all zero: all equal
     found = weighted_errors(x, w, written, size)
     by_rule = weighted_errors(x, w, quants.Tensor.of(version, name, x), size)
-    assert np.all(found <= by_rule * (1 + 1e-5))
+    assert np.all(found <= stretched(by_rule, x, w, size))
     assert found.sum() < by_rule.sum()
+    lengths = [(values * x * w).reshape(-1, size).sum(axis=1) for values in (written.values(), x)]
+    assert np.median(np.abs(lengths[0] / lengths[1] - 1)) < 2**-11
     some = random.permutation(len(found))[:24]
     blocks, weights = (values.reshape(-1, size)[some] for values in (x, w))
     ratio = found[some] / quants.least_errors(version, name, blocks, weights)
@@ -117,7 +131,8 @@ def test_adversarial_blocks(tmp_path: Path, version: int, name: str) -> None:
         ones = np.ones_like(values)
         found, wanted = (weighted_errors(values, ones, t, size) for t in (written[key], by_rule))
         # Squares below float's range are nothing to a search in float.
-        assert np.all(found <= wanted * (1 + 1e-5) + 1e-37)
+        bound = stretched(wanted, values, ones, size) + 1e-37
+        assert np.all(found <= bound)
         blocks = [t.data.reshape(len(found), -1) for t in (written[key], by_rule)]
         np.testing.assert_array_equal(blocks[0][wanted == 0], blocks[1][wanted == 0])
 
