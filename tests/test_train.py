@@ -124,6 +124,28 @@ def test_options_change_what_is_learned(text: Path, tmp_path: Path, changes: dic
     assert losses[0] != losses[1]
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_decay(text: Path, optimizer: str) -> None:
+    """Of the matrices of layers; what tells tokens apart that do not occur stays as it was."""
+    settings = replace(TINY, optimizer=optimizer, weight_decay=20.0, learning_rate=0.01)
+    one = trainer(text, settings)
+    network = one.learner.network
+    absent = [token for token in range(256) if token not in text.read_bytes()]
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for _ in range(4):
+        one.step()
+    for name, p in network.named_parameters():
+        if name == "emb.weight":
+            torch.testing.assert_close(p[absent], before[name][absent], rtol=0, atol=0)
+        elif name == "head.weight":
+            after, first = (
+                (rows[absent] - rows[absent].mean(0)).norm() for rows in (p, before[name])
+            )
+            assert after > 0.9 * first
+        elif p.dim() == 2 and before[name].any():
+            assert p.norm() < 0.8 * before[name].norm(), name
+
+
 def test_parts_of_a_batch_add_up_to_its_gradient(text: Path) -> None:
     whole, parts = (
         trainer(text, replace(TINY, dropout=0.0, accumulate=number, carry=2)) for number in (1, 3)

@@ -120,7 +120,7 @@ CONTRADICTIONS = [
     "--weight-decay",
     type=click.FloatRange(min=0),
     default=0.1,
-    help="Of matrices; vectors do not decay.",
+    help="Of the matrices of layers; nothing else decays.",
 )
 @click.option("--dropout", type=FRACTION, default=0.15, help="Part of each branch set to zero.")
 @click.option("--average", type=FRACTION, default=0.99, help="What averaged weights keep a step.")
@@ -157,7 +157,7 @@ def command(
     DATA is a text, a .jsonl whose lines are documents, {"text": "…"}, or tokens as prepare-data
     writes them (.bin with .idx, .npy). The last tenth of it is held out and measures the model.
     OUT.pth has the tensor names of the released checkpoints; the losses are drawn in OUT.png.
-    Ctrl-C leaves a checkpoint that --resume goes on from. The defaults made the embedded model.
+    Ctrl-C leaves a checkpoint that --resume goes on from.
 
     \b
     rwkv train shakespeare.txt shakespeare.pth

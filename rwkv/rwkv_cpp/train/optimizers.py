@@ -15,16 +15,19 @@ def make_optimizers(
     learner: Learner, kind: str, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """AdamW for all that learns, or Muon ("muon") for matrices between activations and AdamW for
-    the rest. Matrices decay; vectors are gates, rates and scales with no pull to zero.
+    the rest. The matrices of layers decay. Vectors are gates, rates and scales with no pull to
+    zero; in the embedding and the head, tokens that do not occur would lose what tells them apart.
 
     A group's "share" is its part of the learning rate.
     """
     learning = learner.learning()
     rotated = learner.rotated() if kind == "muon" else set()
-    by_adamw = [p for name, p in learning.items() if name not in rotated]
+    by_adamw = {name: p for name, p in learning.items() if name not in rotated}
+    decaying = {name for name, p in by_adamw.items() if ".blocks." in name and p.dim() == 2}
+    others = by_adamw.keys() - decaying
     groups = [
-        {"params": [p for p in by_adamw if p.dim() == 2], "weight_decay": weight_decay},
-        {"params": [p for p in by_adamw if p.dim() != 2], "weight_decay": 0.0},
+        {"params": [by_adamw[name] for name in by_adamw if name in names], "weight_decay": decay}
+        for names, decay in ((decaying, weight_decay), (others, 0.0))
     ]
     groups = [group | {"share": 1.0} for group in groups if group["params"]]
     optimizers: list[torch.optim.Optimizer] = [
