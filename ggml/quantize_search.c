@@ -16,6 +16,8 @@
 
 enum { LANES = 16 };
 
+static const double LARGEST_LACK = 1 / 16.0; /* of a block, that is made good */
+
 typedef float lanes[LANES];
 
 struct search {
@@ -204,7 +206,7 @@ static void polish(struct search * s) {
 /* Least squares make a block smaller than its weights are, by the part e of its squares that they
  * miss: that is orthogonal to what they find. In a sum of many products such a lack adds up where
  * other errors cancel out, so it is made good, and the part that is missed becomes e / (1 - e):
- * but not where d and m have too few digits for it. */
+ * but not where that is a lot, nor where d and m have too few digits for it. */
 static void stretch(const struct search * s, int l, const float * q, float * d, float * m) {
     double xx = 0, xy = 0, error = s->base[l];
     for (int k = 0; k < s->layout->size; k++) {
@@ -213,7 +215,7 @@ static void stretch(const struct search * s, int l, const float * q, float * d, 
         xy += wx * ((double)q[k] * *d + *m);
     }
     const double missed = s->best.error[l] / xx;
-    if (!(missed < 1 && xy > 0)) return;
+    if (!(missed < LARGEST_LACK && xy > 0)) return;
     const float longer_d = stored(s, (float)(xx / xy * *d));
     const float longer_m = stored(s, (float)(xx / xy * *m));
     for (int k = 0; k < s->layout->size; k++) {
