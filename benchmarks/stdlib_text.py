@@ -6,8 +6,8 @@ The last tenth, which training holds out, are whole modules that come late in an
 that it is of the same kind as the rest.
 """
 
+import argparse
 import hashlib
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -29,4 +29,8 @@ def main(target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", type=Path)
+    main(parser.parse_args().target)
