@@ -23,11 +23,11 @@ def make_optimizers(
     learning = learner.learning()
     rotated = learner.rotated() if kind == "muon" else set()
     by_adamw = {name: p for name, p in learning.items() if name not in rotated}
-    decaying = {name for name, p in by_adamw.items() if ".blocks." in name and p.dim() == 2}
-    others = by_adamw.keys() - decaying
+    decaying = [name for name, p in by_adamw.items() if ".blocks." in name and p.dim() == 2]
+    others = [p for name, p in by_adamw.items() if name not in decaying]
     groups = [
-        {"params": [by_adamw[name] for name in by_adamw if name in names], "weight_decay": decay}
-        for names, decay in ((decaying, weight_decay), (others, 0.0))
+        {"params": [by_adamw[name] for name in decaying], "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     groups = [group | {"share": 1.0} for group in groups if group["params"]]
     optimizers: list[torch.optim.Optimizer] = [
