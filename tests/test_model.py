@@ -5,6 +5,7 @@ import gc
 import os
 import pickle
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -838,8 +839,7 @@ def resident_bytes():
 def growth(action, times):
     """Bytes by which `times` calls grow the process, after it has settled.
 
-    A leak goes on in each fifth of the calls, and the second smallest growth shows it. The kernel
-    puts together a huge page only once, and threads that meet in malloc get arenas now and then.
+    A leak goes on in each fifth of the calls; the kernel puts together a huge page only once.
     """
     for _ in range(max(times // 10, 20)):
         action()
@@ -851,7 +851,7 @@ def growth(action, times):
             action()
         gc.collect()
         grown.append(resident_bytes() - before)
-    return 5 * sorted(grown)[1]
+    return 5 * statistics.median(grown)
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
